@@ -1,0 +1,42 @@
+# demo · test · check · format · clean; each sets up what it needs, once.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.complete
+
+.PHONY: demo test check format install clean
+
+install: $(STAMP)
+
+# The stamp is written last, so that a half-made .venv is noticed; pip repairs it, or it is made anew.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "FinLLM needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@if [ -d $(VENV) ] && ! $(PY) -m pip --version >/dev/null 2>&1; then echo "$(VENV) is broken; making it anew"; rm -rf $(VENV); fi
+	@[ -d $(VENV) ] || { echo "Making $(VENV)"; $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3 -m venv failed; on Debian: apt-get install python3-venv"; exit 2; }; }
+	@echo "Installing packages (minutes, once)"
+	@$(call install_packages) && $(call packages_work) || \
+	  { echo "$(VENV) is incomplete; making it anew"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV) && $(call install_packages) && $(call packages_work); }
+	@touch $@
+
+install_packages = $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+packages_work = $(PY) -m pip check --quiet && $(PY) -c 'import torch, transformers, trl, peft, bitsandbytes, datasets, wandb, sklearn'
+
+demo: $(STAMP)
+	@$(VENV)/bin/finllm launch recipes/demo.yaml
+
+test: $(STAMP)
+	@$(PY) -m pytest tests
+
+check: $(STAMP)
+	@$(PY) -m ruff format --check .
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+	@$(PY) -m pytest tests -m 'not slow and not gpu'
+
+format: $(STAMP)
+	@$(PY) -m ruff format .
+	@$(PY) -m ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,199 @@
+"""The recipe: WHAT to train and evaluate. Every default of a run stands here, and nowhere else."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from finllm import yamlfile
+from finllm.data import DataSpec
+from finllm.yamlfile import Spec
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Quantization = Literal["none", "nf4", "fp4", "int8"]
+FOUR_BIT: tuple[Quantization, ...] = ("nf4", "fp4")
+
+
+def _named(value: Any) -> Any:
+    """`smollm2-135m` is short for `{name: smollm2-135m}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _listed(value: Any) -> Any:
+    """One data set is short for a list of one; a name is short for its defaults."""
+    return [_named(item) for item in (value if isinstance(value, list) else [value])]
+
+
+class Model(Spec):
+    """The base model, and the form in which its weights are held."""
+
+    name: str = Field(min_length=1)
+    """A hub id (`mistralai/Mistral-7B-v0.1`), a local folder, or the embedded `smollm2-135m`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; null is the newest."""
+    quantization: Quantization = "none"
+    """Weights of the frozen base: 4-bit NormalFloat (QLoRA, arXiv 2305.14314), 4-bit float, LLM.int8(), or none."""
+    double_quantization: bool = True
+    """Quantise the 4-bit scales too; saves about 0.4 bit a weight."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic, and weights that are not quantised; auto is bf16 on a GPU that has it, fp32 on CPU."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+
+class Prompt(Spec):
+    """How an example is shown to the model: the same in training, evaluation and prediction."""
+
+    template: Literal["plain", "chat"] = "plain"
+    """plain for base models; chat is the tokenizer's own chat template, for instruct models."""
+    instruction: str = (
+        "Classify the sentiment of the financial text from an investor's point of view: negative, neutral or positive."
+    )
+    """Stands before every text; name the three labels in it."""
+    max_tokens: int = Field(default=512, ge=32)
+    """Sequence length. A longer text is cut at its end; instruction and label always stay."""
+
+
+class Lora(Spec):
+    """Low-rank adapters (arXiv 2106.09685), kept in fp32."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Module names such as `[q_proj, v_proj]`, or all linear layers but the head."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+
+    @model_validator(mode="after")
+    def _some_target(self) -> "Lora":
+        if not self.targets:
+            raise ValueError("targets is empty; name at least one module, such as [q_proj, v_proj]")
+        return self
+
+
+class Training(Spec):
+    """What every training method needs."""
+
+    epochs: float = Field(default=3, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after so many optimizer steps; null is `epochs` whole."""
+    global_batch: int = Field(default=16, ge=1)
+    """Examples in one optimizer step, over all GPUs; micro-batch and accumulation follow from it."""
+    micro_batch: int | Literal["auto"] = "auto"
+    """Examples in one forward pass on one GPU."""
+    learning_rate: float = Field(default=2e-4, gt=0, lt=1)
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup_share: Share = 0.03
+    """Share of all steps in which the learning rate rises from 0."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    optimizer: Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"] = "adamw"
+    """adamw keeps its state on the device; the paged ones of bitsandbytes move it to host memory (GPU only)."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Compute activations again in the backward pass: slower, much less memory. auto: where memory needs it."""
+    seed: int = Field(default=42, ge=0)
+    """Order of the examples, initial adapters, dropout."""
+    evals_per_epoch: int = Field(default=1, ge=1)
+    """Validation loss is measured, and a checkpoint written, so often."""
+    early_stopping: int | None = Field(default=None, ge=1)
+    """Stop after so many validations without a better loss; null is never."""
+    keep_checkpoints: int = Field(default=2, ge=2)
+    """The best and the newest are always among them."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Training":
+        if isinstance(self.micro_batch, int) and self.micro_batch < 1:
+            raise ValueError(f"micro_batch is {self.micro_batch}; write auto, or a number from 1")
+        if isinstance(self.micro_batch, int) and self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"global_batch is {self.global_batch}, which micro_batch {self.micro_batch} does not divide; "
+                f"try global_batch {-(-self.global_batch // self.micro_batch) * self.micro_batch}"
+            )
+        if self.max_steps is not None and "epochs" in self.model_fields_set:
+            raise ValueError("max_steps and epochs are both set and contradict each other; keep one")
+        return self
+
+
+class Sft(Training):
+    """Supervised fine-tuning: cross-entropy on the label's tokens and the end of sequence."""
+
+    method: Literal["sft"]
+
+
+class Evaluation(Spec):
+    """Which systems are scored on the test part, and how sure we are of the figures."""
+
+    base: bool = True
+    """Score the base model too (adapter off: no second copy in memory)."""
+    baselines: tuple[Literal["majority", "tfidf"], ...] = ("majority", "tfidf")
+    """majority: the commonest training label; tfidf: TF-IDF and logistic regression on the training part."""
+    parts: tuple[Literal["validation", "test"], ...] = ("test",)
+    batch_tokens: int = Field(default=16_384, ge=256)
+    """Tokens in one scoring batch, padding included."""
+    bootstrap_draws: int = Field(default=2000, ge=100)
+    """Draws of twin groups for the 95 % intervals."""
+
+
+class Tracking(Spec):
+    """Weights & Biases; metrics.jsonl in the run folder mirrors it in any case."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online with an API key, else offline (the run folder then says how to sync)."""
+    project: str = "finllm"
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+class Resources(Spec):
+    """The machine's share that a run asks for."""
+
+    gpus: int | Literal["auto"] = "auto"
+    """GPUs to use, one process each; auto is all that are visible, 0 is the CPU."""
+    gpu: str | None = None
+    """Plan for this GPU although it is not here, such as `a100-80gb` (with --dry-run)."""
+    cpu_processes: int = Field(default=1, ge=1)
+    """Processes where there is no GPU (gloo)."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Resources":
+        if isinstance(self.gpus, int) and self.gpus < 0:
+            raise ValueError(f"gpus is {self.gpus}; write auto, or a number from 0")
+        return self
+
+
+class Recipe(Spec):
+    """One experiment: a base model, data, a method, and what to compare at the end."""
+
+    purpose: str = ""
+    """One line for the table of `finllm recipes`."""
+    model: Annotated[Model, BeforeValidator(_named)]
+    """The base model; there is no default. `smollm2-135m` needs no hub."""
+    data: Annotated[tuple[DataSpec, ...], BeforeValidator(_listed)] = Field(min_length=1)
+    """One data set or several; there is no default. `sample` is shipped."""
+    prompt: Prompt = Prompt()
+    lora: Lora | None = Lora()
+    """null trains all weights."""
+    train: Sft | None = None
+    """How to train; null only evaluates the model as it is (zero-shot)."""
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Recipe":
+        if self.train is not None and self.lora is None and self.model.quantization != "none":
+            raise ValueError(
+                f"model.quantization is {self.model.quantization} but lora is null: quantised weights cannot be "
+                "trained. Set model.quantization to none, or give lora a rank"
+            )
+        names = [spec.title for spec in self.data]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data names the same set twice ({', '.join(names)}); give each its own `alias`")
+        return self
+
+
+def load(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """The recipe at `path`, changed by `key=value` overrides; raises RecipeError with every fault at once."""
+    return yamlfile.parse(Recipe, yamlfile.read(Path(path), overrides))
