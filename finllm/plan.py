@@ -1,0 +1,259 @@
+"""The plan: what will happen, decided from recipe and machine before anything starts. Imports no torch."""
+
+import datetime
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+
+from finllm import machine
+from finllm.errors import RecipeError
+from finllm.machine import Machine
+from finllm.recipe import Recipe
+from finllm.run import Run, read_json, write_json, write_text
+from finllm.yamlfile import Spec
+
+PACKAGES = (
+    "finllm", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "scikit-learn", "wandb",
+)  # fmt: skip
+LARGEST_MICRO_BATCH = 16
+
+
+class Rows(Spec):
+    """Number of examples in each part."""
+
+    train: int
+    validation: int
+    test: int
+
+
+class Plan(Spec):
+    """Everything that the worker needs to know; the worker reads nothing else."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+    recipe: Recipe
+    source: str
+    """Path of the recipe as it was given."""
+    overrides: tuple[str, ...]
+    device: Literal["cuda", "cpu"]
+    gpu: str
+    """Kind of GPU, or empty."""
+    processes: int
+    """Over all nodes; one for each GPU."""
+    dtype: Literal["bf16", "fp32"]
+    micro_batch: int
+    """Examples in one forward pass of one process."""
+    accumulation: int
+    """Forward passes to one optimizer step."""
+    gradient_checkpointing: bool
+    rows: Rows | None
+    """None where counting the rows would need a download."""
+    steps: int | None
+    """Optimizer steps of the whole run."""
+    reasons: tuple[str, ...]
+    """Why, for each choice that the recipe left open."""
+    commands: dict[str, tuple[str, ...]]
+    created: str
+    commit: str
+    """Git commit of the code, with `+changes` where the checkout differs from it."""
+    versions: dict[str, str] = Field(default_factory=dict)
+
+    def save(self, run: Run) -> None:
+        """Fill a new run folder: the plan, the resolved recipe, Accelerate's configuration."""
+        write_text(run.recipe, recipe_yaml(self.recipe))
+        write_text(run.accelerate, accelerate_yaml(self))
+        write_json(run.plan, self.model_dump(mode="json"))
+
+    @classmethod
+    def of(cls, run: Run) -> "Plan":
+        """The plan of a run folder."""
+        return cls.model_validate(read_json(run.plan))
+
+
+def decide(
+    recipe: Recipe,
+    *,
+    here: Machine,
+    rows: Rows | None,
+    folder: Path,
+    source: str,
+    overrides: tuple[str, ...] = (),
+    processes: int | None = None,
+) -> Plan:
+    """What will happen when `recipe` runs on `here`; raises RecipeError where it cannot.
+
+    `processes` is given where something else has already started them.
+    """
+    asked = recipe.resources
+    if asked.gpu is not None:
+        here = machine.imagined(asked.gpu, 1 if asked.gpus == "auto" else asked.gpus)
+    gpus = len(here.gpus) if asked.gpus == "auto" else asked.gpus
+    if gpus > len(here.gpus):
+        raise RecipeError(f"resources.gpus is {gpus}, but {len(here.gpus)} can be seen here; write auto, or fewer")
+    count = processes or (gpus if gpus else asked.cpu_processes)
+    if recipe.train is None and processes is None:
+        count = 1
+    reasons: list[str] = []
+    dtype = _dtype(recipe, here, gpus, reasons)
+    _refuse(recipe, gpus)
+    micro_batch, accumulation = _batches(recipe, count, reasons)
+    return Plan(
+        name=folder.name,
+        recipe=recipe,
+        source=source,
+        overrides=overrides,
+        device="cuda" if gpus else "cpu",
+        gpu=here.gpus[0].name if gpus else "",
+        processes=count,
+        dtype=dtype,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        gradient_checkpointing=_checkpointing(recipe, gpus, reasons),
+        rows=rows,
+        steps=_steps(recipe, rows),
+        reasons=tuple(reasons),
+        commands=_commands(recipe, folder),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        commit=commit(),
+        versions=versions(),
+    )
+
+
+def _dtype(recipe: Recipe, here: Machine, gpus: int, reasons: list[str]) -> Literal["bf16", "fp32"]:
+    wanted = recipe.model.dtype
+    has_bf16 = bool(gpus) and all(gpu.has_bf16 for gpu in here.gpus[:gpus])
+    if wanted == "auto":
+        reasons.append("dtype bf16: the GPU has it" if has_bf16 else "dtype fp32: no GPU with bf16 arithmetic")
+        return "bf16" if has_bf16 else "fp32"
+    if wanted == "bf16" and gpus and not has_bf16:
+        raise RecipeError(f"model.dtype is bf16, which {here.gpus[0].name} does not have; write auto or fp32")
+    return wanted
+
+
+def _refuse(recipe: Recipe, gpus: int) -> None:
+    """Choices that this machine cannot carry out."""
+    if not gpus and recipe.train is not None and recipe.train.optimizer != "adamw":
+        raise RecipeError(f"train.optimizer is {recipe.train.optimizer}, which needs a GPU; write adamw")
+    if not gpus and recipe.model.quantization == "int8":
+        raise RecipeError("model.quantization is int8, which needs a GPU; write nf4 or none")
+    if not gpus and recipe.model.attention == "flash_attention_2":
+        raise RecipeError("model.attention is flash_attention_2, which needs a GPU; write sdpa")
+
+
+def _batches(recipe: Recipe, processes: int, reasons: list[str]) -> tuple[int, int]:
+    """Micro-batch and accumulation that make up the global batch."""
+    if recipe.train is None:
+        return 1, 1
+    whole, asked = recipe.train.global_batch, recipe.train.micro_batch
+    if whole % processes:
+        raise RecipeError(
+            f"train.global_batch is {whole}, which {processes} processes do not divide; "
+            f"try {whole // processes * processes or processes}"
+        )
+    each = whole // processes
+    if asked == "auto":
+        micro = max(size for size in range(1, min(each, LARGEST_MICRO_BATCH) + 1) if each % size == 0)
+        reasons.append(f"micro-batch {micro}: the largest divisor of {each} up to {LARGEST_MICRO_BATCH}")
+        return micro, each // micro
+    if each % asked:
+        raise RecipeError(
+            f"train.global_batch is {whole}, which {processes} process(es) x micro_batch {asked} = "
+            f"{processes * asked} does not divide; try {-(-whole // (processes * asked)) * processes * asked}"
+        )
+    return asked, each // asked
+
+
+def _checkpointing(recipe: Recipe, gpus: int, reasons: list[str]) -> bool:
+    if recipe.train is None:
+        return False
+    if recipe.train.gradient_checkpointing != "auto":
+        return recipe.train.gradient_checkpointing
+    chosen = bool(gpus) and recipe.model.quantization != "none"
+    reasons.append(f"gradient checkpointing {'on: quantised model on a GPU' if chosen else 'off'}")
+    return chosen
+
+
+def _steps(recipe: Recipe, rows: Rows | None) -> int | None:
+    """Optimizer steps; an incomplete last batch of an epoch counts as one, as in Transformers."""
+    if recipe.train is None or rows is None:
+        return None
+    if recipe.train.max_steps is not None:
+        return recipe.train.max_steps
+    each = -(-rows.train // recipe.train.global_batch)
+    return max(1, -(-int(each * recipe.train.epochs * 1000) // 1000))
+
+
+def _commands(recipe: Recipe, folder: Path) -> dict[str, tuple[str, ...]]:
+    """The command of each stage; every backend starts these and no others."""
+    run = Run(folder)
+    python = sys.executable
+    accelerate = (python, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(run.accelerate))
+    commands = {} if recipe.train is None else {"train": (*accelerate, "-m", "finllm.train", str(folder))}
+    return {**commands, "evaluate": (python, "-m", "finllm.evaluate", str(folder))}
+
+
+def accelerate_yaml(plan: Plan) -> str:
+    """Accelerate's configuration file, complete, so that the user's default file changes nothing."""
+    several = plan.processes > 1
+    lines = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "MULTI_GPU" if several else "NO",  # MULTI_GPU with use_cpu is gloo
+        "mixed_precision": "bf16" if plan.dtype == "bf16" else "no",
+        "num_machines": 1,
+        "machine_rank": 0,
+        "num_processes": plan.processes,
+        "use_cpu": str(plan.device == "cpu").lower(),
+        "rdzv_backend": "static",
+        "same_network": "true",
+        "main_training_function": "main",
+        "debug": "false",
+    }
+    return "".join(f"{key}: {value}\n" for key, value in lines.items())
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML that loads to the same recipe."""
+    import io
+
+    from ruamel.yaml import YAML
+
+    stream = io.StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(recipe.model_dump(mode="json", exclude_unset=True), stream)
+    return stream.getvalue()
+
+
+def commit() -> str:
+    """The git commit that this code stands at, `+changes` where files differ, or empty outside a checkout."""
+    root = Path(__file__).parent.parent
+    head = _git(root, "rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return ""
+    return head + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False, timeout=20
+        )
+    except FileNotFoundError:
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that results depend on, as installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"python": sys.version.split()[0], **found}

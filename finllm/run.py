@@ -1,0 +1,207 @@
+"""The run folder: the only thing that the parts of one execution share."""
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from finllm.errors import RunError
+
+COMPLETE = "COMPLETE"
+"""Marker file of a checkpoint that was written whole; one without it does not count."""
+STOPPED = 85
+"""Exit status of a trainer that was asked to stop and saved a checkpoint first."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where everything of one run stands."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def recipe(self) -> Path:
+        """What was asked for, resolved: YAML that repeats the run."""
+        return self.folder / "recipe.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.folder / "plan.json"
+
+    @property
+    def accelerate(self) -> Path:
+        return self.folder / "accelerate.yaml"
+
+    @property
+    def state(self) -> Path:
+        """Written by whoever started the run."""
+        return self.folder / "state.json"
+
+    @property
+    def progress(self) -> Path:
+        """Written by the process that works."""
+        return self.folder / "progress.json"
+
+    @property
+    def stop_request(self) -> Path:
+        """Exists when the trainer shall save a checkpoint and end."""
+        return self.folder / "STOP"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained weights, in PEFT's format (or the whole model where all weights were trained)."""
+        return self.folder / "adapter"
+
+    @property
+    def predictions(self) -> Path:
+        return self.folder / "predictions"
+
+    @property
+    def scores(self) -> Path:
+        return self.folder / "scores.json"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.md"
+
+    def complete_checkpoints(self) -> list[Path]:
+        """Checkpoints that were written whole, oldest first."""
+        found = [(int(match[1]), path) for path in self.checkpoints.glob("checkpoint-*") if (match := _step(path))]
+        return [path for _, path in sorted(found) if (path / COMPLETE).is_file()]
+
+
+def _step(checkpoint: Path) -> re.Match[str] | None:
+    return re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+
+
+def create(runs: Path, name: str) -> Run:
+    """A new, empty run folder `runs/name`, or `runs/name-2` and so on where that is taken."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise RunError(f"{name!r} is no name for a run; use letters, digits, '.', '_' and '-', such as demo-lr2e-4")
+    runs.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 10_000):
+        folder = runs / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()  # fails where it exists, so that two launches never share a folder
+        except FileExistsError:
+            continue
+        return Run(folder.absolute())
+    raise RunError(f"{runs}: has 9,999 runs called {name}; choose another --name")
+
+
+def find(name: str, runs: Path) -> Run:
+    """The run of that name in `runs`, or in the folder that `name` is a path of."""
+    for folder in (runs / name, Path(name)):
+        if (folder / "plan.json").is_file():
+            return Run(folder.absolute())
+    known = sorted(path.parent.name for path in runs.glob("*/plan.json"))
+    listed = f"there are: {', '.join(known[-8:])}" if known else "there are none yet; `finllm launch RECIPE` makes one"
+    raise RunError(f"no run {name!r} in {runs.absolute()} and no run folder of that path; {listed}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the whole new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; raises RunError where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(f"{path} is missing; is {path.parent} a run folder?") from error
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); restore it, or start the run anew") from error
+
+
+Status = Literal["created", "running", "stopped", "cancelled", "failed", "done"]
+
+
+@dataclass(frozen=True)
+class State:
+    """How a run stands, as its launcher sees it."""
+
+    status: Status
+    stage: Literal["train", "evaluate", "report"] = "train"
+    """Where it is, or where it ended."""
+    attempt: int = 1
+    backend: str = "local"
+    host: str = ""
+    pid: int = 0
+    """The launcher."""
+    pid_started: float = 0.0
+    """When that process started, in clock ticks since boot: a PID alone may have been given to another."""
+    group: int = 0
+    """Process group of the trainer or evaluator, to be signalled as one."""
+    started: str = ""
+    ended: str = ""
+    error: str = ""
+    """Last line of what went wrong."""
+
+    def with_(self, **changes: Any) -> Self:
+        return replace(self, **changes)
+
+    def save(self, run: Run) -> None:
+        write_json(run.state, asdict(self))
+
+    @classmethod
+    def of(cls, run: Run) -> "State | None":
+        """The state of a run; None where it was started without the launcher."""
+        return cls(**read_json(run.state)) if run.state.is_file() else None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the work is, as the working process sees it."""
+
+    stage: str
+    """What is being done, in words: `training`, `scoring sample with the base model`."""
+    done: int = 0
+    total: int = 0
+    """0 where the end is not known."""
+    unit: str = "step"
+    seconds: float = 0.0
+    """Since this stage began."""
+    loss: float | None = None
+    error: str = ""
+    """Traceback, where the work failed."""
+
+    @property
+    def seconds_left(self) -> float | None:
+        """By the pace so far; None before there is one."""
+        if not (self.done and self.total):
+            return None
+        return self.seconds / self.done * max(self.total - self.done, 0)
+
+    def save(self, run: Run) -> None:
+        write_json(run.progress, asdict(self))
+
+    @classmethod
+    def of(cls, run: Run) -> "Progress | None":
+        """The progress of a run; None before its first step."""
+        return cls(**read_json(run.progress)) if run.progress.is_file() else None
