@@ -29,6 +29,11 @@ class DatasetSpec(Spec):
         """What tables and file names call this set."""
         return self.alias or self.name
 
+    @property
+    def twins_grouped(self) -> bool:
+        """Whether all near twins of the set are known to share a group; else the leak check looks for them."""
+        return False
+
     @abstractmethod
     def read(self) -> list[Example]:
         """Every row of every part, in the order of the files; raises DataError where they cannot be had."""
