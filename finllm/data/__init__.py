@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from finllm.data import fiqa, phrasebank, sample, tfns
+from finllm.data import fiqa, hub, phrasebank, sample, table, tfns
 from finllm.data.leaks import check_leaks, drop_twins, without_leaks
 from finllm.data.parts import Parts, read_parts
 from finllm.data.spec import DatasetSpec
@@ -13,7 +13,7 @@ from finllm.data.spec import DatasetSpec
 __all__ = ["DataSpec", "DatasetSpec", "Parts", "check_leaks", "drop_twins", "read_parts", "training_parts"]
 
 DataSpec = Annotated[
-    sample.Sample | phrasebank.PhraseBank | fiqa.Fiqa | tfns.Tfns,
+    sample.Sample | phrasebank.PhraseBank | fiqa.Fiqa | tfns.Tfns | table.Table | hub.Hub,
     Field(discriminator="name"),
 ]
 """Every data set a recipe can name; a new one is a module beside this file and a line here."""

@@ -34,18 +34,19 @@ def comparable(text: str) -> str:
 
 def twin_pairs(a: Sequence[str], b: Sequence[str], threshold: float = THRESHOLD) -> list[tuple[int, int, float]]:
     """(i, j, cosine) of every a[i] and b[j] that are near twins, in order; TF-IDF is fitted on both."""
-    if not a or not b:
-        return []
     texts = [comparable(text) for text in (*a, *b)]
+    if not a or not b or not any(texts):
+        return []
     vectors = _vectors(texts)
     return sorted(_close(vectors[: len(a)], vectors[len(a) :], threshold))
 
 
 def groups(texts: Sequence[str], threshold: float = THRESHOLD) -> list[int]:
     """A group number for each text, the place of the group's first; near twins of near twins share a group."""
-    if not texts:
-        return []
-    vectors = _vectors([comparable(text) for text in texts])
+    compared = [comparable(text) for text in texts]
+    if not any(compared):
+        return list(range(len(texts)))
+    vectors = _vectors(compared)
     return components(len(texts), ((i, j) for i, j, _ in _close(vectors, vectors, threshold)))
 
 
