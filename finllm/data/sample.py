@@ -1,4 +1,4 @@
-"""Our own 620 sentences, shipped with the package: newswire, filings, analyst notes and posts; no company is real."""
+"""Our own 620 sentences, shipped with the package: newswire, filings, analyst notes and posts on invented companies."""
 
 import json
 from pathlib import Path
