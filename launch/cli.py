@@ -1,0 +1,155 @@
+"""The command `finllm`."""
+
+import argparse
+import difflib
+import os
+import sys
+from pathlib import Path
+
+from finllm.errors import FinllmError
+from launch import commands, shipped
+from launch.show import forget_output
+
+DESCRIPTION = "Fine-tune open language models to read the sentiment of financial text."
+EXAMPLES = """\
+examples
+  finllm launch demo                               train and evaluate the shipped example
+  finllm launch my.yaml train.epochs=1 --dry-run   what would happen, in a second
+  finllm launch my.yaml --name first --detach      go on without this terminal
+  finllm status                                    all runs
+  finllm logs first -f                             watch one
+  finllm resume first                              go on after a stop or a failure
+  finllm predict first "Revenue beat estimates"    use it
+  cat news.txt | finllm predict first --json       one text a line
+
+exit status: 0 done, 1 the run failed, 2 the input is wrong, 130 stopped
+runs are in ./runs, in $FINLLM_RUNS, or where --runs says
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 the run failed, 2 the input is wrong, 130 stopped by Ctrl-C."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    chosen = vars(options)
+    command: commands.Command | None = chosen.pop("command", None)
+    chosen.pop("verb", None)
+    if command is None:
+        parser.print_help()
+        return commands.WRONG
+    _place(parser, rest, chosen)
+    try:
+        return command(**chosen)
+    except FinllmError as error:
+        print(f"finllm: {error}", file=sys.stderr)
+        return commands.WRONG
+    except KeyboardInterrupt:
+        print("\nfinllm: interrupted", file=sys.stderr)
+        return commands.INTERRUPTED
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        forget_output()
+        return commands.DONE
+
+
+def _place(parser: argparse.ArgumentParser, rest: list[str], chosen: dict[str, object]) -> None:
+    """Overrides that stand after an option, where argparse takes no more of them; anything else is refused."""
+    overrides = chosen.get("overrides")
+    for argument in rest:
+        if isinstance(overrides, list) and not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        known = ["--help", "--version", *(f"--{name.removeprefix('as_').replace('_', '-')}" for name in chosen)]
+        near = difflib.get_close_matches(argument.split("=")[0], known, n=1)
+        parser.error(f"{argument}: not known here{f'; did you mean {near[0]}?' if near else '; see --help'}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="finllm", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands")
+
+    launch = _verb(verbs, "launch", commands.launch, "train and evaluate as a recipe says")
+    _recipe(launch)
+    launch.add_argument("--name", help="of the run; else that of the recipe")
+    launch.add_argument("--dry-run", action="store_true", help="only show the plan")
+    _detach(launch)
+    _runs(launch)
+
+    status = _verb(verbs, "status", commands.status, "how runs stand")
+    status.add_argument("names", nargs="*", metavar="RUN", help="else all")
+    status.add_argument("--json", dest="as_json", action="store_true", help="for programs")
+    _runs(status)
+
+    logs = _verb(verbs, "logs", commands.logs, "what a run has said")
+    _run(logs)
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until the run ends")
+
+    cancel = _verb(verbs, "cancel", commands.cancel, "end a run")
+    _run(cancel)
+    cancel.add_argument(
+        "--wait", type=_seconds, default=30.0, metavar="SECONDS", help="to save a checkpoint, before force (30)"
+    )
+
+    resume = _verb(verbs, "resume", commands.resume, "go on with a run that was stopped, failed or lost")
+    _run(resume)
+    _detach(resume)
+
+    _run(_verb(verbs, "evaluate", commands.evaluate, "score a trained run again"))
+
+    predict = _verb(verbs, "predict", commands.predict, "sentiment of texts: arguments, a file, or standard input")
+    predict.add_argument("run", metavar="RUN", help="a run, an adapter's folder, or a model of the hub")
+    predict.add_argument("texts", nargs="*", metavar="TEXT")
+    predict.add_argument("--file", type=Path, help="one text a line, UTF-8")
+    predict.add_argument("--json", dest="as_json", action="store_true", help="one JSON object a line")
+    _runs(predict)
+
+    recipes = _verb(verbs, "recipes", commands.recipes, "recipes and what they are for")
+    recipes.add_argument(
+        "folder", nargs="?", type=Path, default=shipped.FOLDER, metavar="DIR", help="else the shipped ones"
+    )
+
+    _recipe(_verb(verbs, "check", commands.check, "all faults of a recipe and its data, or their counts"))
+    _verb(verbs, "schema", commands.schema, "JSON schema of a recipe, for editors")
+    return parser
+
+
+def _verb(
+    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, command: commands.Command, about: str
+) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False)
+    verb.set_defaults(command=command)
+    return verb
+
+
+def _recipe(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, such as train.epochs=1")
+
+
+def _run(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN", help="name or folder of a run")
+    _runs(verb)
+
+
+def _runs(verb: argparse.ArgumentParser) -> None:
+    where = Path(os.environ.get("FINLLM_RUNS", "runs"))
+    verb.add_argument(
+        "--runs", type=Path, default=where, metavar="DIR", help="folder of all runs ($FINLLM_RUNS, or runs)"
+    )
+
+
+def _detach(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--detach", action="store_true", help="give the terminal back at once")
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no waiting time; write seconds from 0")
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""The local backend: runs on this machine, in front of the user or without a terminal."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from finllm.errors import RunError
+from finllm.run import Run, State, write_text
+from launch import tether
+from launch.show import view
+from launch.supervisor import STAGES, Stage, mark, now, stop_seconds, supervise
+
+START_SECONDS = 30.0
+"""In which a supervisor without a terminal must have begun; it takes half a second."""
+ACKNOWLEDGE_SECONDS = 5.0
+"""In which a supervisor notes that its processes have gone."""
+
+
+def start(run: Run, *, detach: bool, stages: Sequence[Stage] = STAGES) -> State:
+    """Run what is left of these stages; returns the state at the end, or the running one when detached.
+
+    Raises RunError where the run, or a process left over from it, is alive.
+    """
+    stop_seconds()  # refuses a bad value here, and not where nobody sees it
+    before = State.of(run)
+    if before is not None and alive(run, before):
+        where = f"on {before.host}, process {before.pid}" if before.pid else "as processes without a supervisor"
+        raise RunError(f"{run.name} is alive ({where}); `finllm logs {run.name} -f` shows it, `finllm cancel` ends it")
+    return _detach(run, stages) if detach else supervise(run, view(), stages)
+
+
+def alive(run: Run, state: State) -> bool:
+    """Whether anything of the run lives; on another machine, whether nothing says that it has ended."""
+    if state.host not in ("", socket.gethostname()):
+        return state.status == "running"
+    return supervised(state) or bool(tether.members(mark(run)))
+
+
+def supervised(state: State) -> bool:
+    """Whether the process that started the run lives and is the same one still."""
+    return state.pid > 0 and state.pid_started > 0 and tether.start_ticks(state.pid) == state.pid_started
+
+
+def lost(state: State) -> bool:
+    """Whether the run is said to be running although its supervisor has gone (killed, or the machine restarted)."""
+    return state.status == "running" and state.host == socket.gethostname() and not supervised(state)
+
+
+def cancel(run: Run, state: State, wait: float) -> State:
+    """End the run, after `wait` seconds by force; returns its last state. Raises RunError where it lives elsewhere."""
+    write_text(run.stop_request, "cancel\n")
+    if state.host not in ("", socket.gethostname()):
+        raise RunError(
+            f"{run.name} runs on {state.host}, this is {socket.gethostname()}: it has been asked to save and stop; "
+            f"to end it by force, use `finllm cancel {run.name}` there"
+        )
+    began = time.monotonic()
+    while True:
+        ending = tether.end(mark(run), max(0.0, began + wait - time.monotonic()))
+        if ending.left:
+            raise RunError(f"process(es) {', '.join(map(str, ending.left))} cannot be killed; they wait for a device")
+        latest = State.of(run) or state
+        if latest.status not in ("created", "running"):
+            return latest
+        if not supervised(latest) or time.monotonic() > began + wait + ACKNOWLEDGE_SECONDS:
+            latest = latest.with_(status="cancelled", ended=now())  # nobody else will write it
+            latest.save(run)
+            return latest
+        time.sleep(tether.POLL_SECONDS)
+
+
+def _detach(run: Run, stages: Sequence[Stage]) -> State:
+    """Start a supervisor that outlives this terminal; returns once it has begun."""
+    program = "from launch.supervisor import detached; detached()"
+    with run.log.open("ab") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-c", program, str(run.folder), *stages], stdin=subprocess.DEVNULL, stdout=log,
+            stderr=subprocess.STDOUT, start_new_session=True, env=dict(os.environ),
+        )  # fmt: skip
+    deadline = time.monotonic() + START_SECONDS
+    while child.poll() is None and time.monotonic() < deadline:
+        state = State.of(run)
+        if state is not None and state.pid == child.pid:
+            return state
+        time.sleep(0.02)
+    state = State.of(run)
+    if state is not None and state.pid == child.pid:
+        return state
+    raise RunError(f"the supervisor did not start (exit status {child.poll()}); {run.log} says why")

@@ -1,0 +1,105 @@
+"""From a recipe's name to a plan: the deciding half of `finllm launch`, without torch."""
+
+import os
+import re
+import shutil
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from finllm import data, machine
+from finllm.data import DatasetSpec, Parts
+from finllm.data.hub import Hub
+from finllm.data.table import Table
+from finllm.errors import DataError, RecipeError, RunError
+from finllm.plan import Plan, Rows, decide
+from finllm.recipe import Recipe, load
+from finllm.run import Run, State, create
+from launch import shipped
+
+
+def preview(recipe_name: str, overrides: tuple[str, ...], name: str | None, runs: Path) -> Plan:
+    """The plan that a launch would have; makes nothing, downloads nothing."""
+    path = shipped.find(recipe_name)
+    recipe = load(path, overrides)
+    rows, why_not = _rows_at_hand(recipe)
+    folder = _free(runs, name or default_name(path))
+    plan = decide(recipe, here=machine.here(), rows=rows, folder=folder, source=str(path), overrides=overrides)
+    return plan if rows else plan.model_copy(update={"reasons": (*plan.reasons, f"rows not counted: {why_not}")})
+
+
+def prepare(recipe_name: str, overrides: tuple[str, ...], name: str | None, runs: Path) -> Run:
+    """A new run folder with a plan for this machine; raises FinllmError, and leaves nothing, where it cannot run here."""
+    path = shipped.find(recipe_name)
+    recipe = load(path, overrides)
+    if recipe.resources.gpu is not None:
+        raise RecipeError(
+            f"{path}: resources.gpu is {recipe.resources.gpu}: that is for plans only; take it out, or use --dry-run"
+        )
+    here, rows = machine.here(), _rows(_parts(recipe))
+    run = _create(runs, name or default_name(path))
+    try:
+        plan = decide(recipe, here=here, rows=rows, folder=run.folder, source=str(path), overrides=overrides)
+        plan.save(run)
+        State("created", stage="train" if recipe.train else "evaluate", host=socket.gethostname()).save(run)
+    except BaseException:
+        shutil.rmtree(run.folder)
+        raise
+    return run
+
+
+def default_name(recipe: Path) -> str:
+    """The name of a run that was given none: that of its recipe."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", recipe.stem).lstrip("._-") or "run"
+
+
+def _create(runs: Path, name: str) -> Run:
+    try:
+        return create(runs, name)
+    except OSError as error:
+        raise RunError(f"{runs.absolute()}: no run folder can be made here ({error}); give --runs FOLDER") from error
+
+
+def _free(runs: Path, name: str) -> Path:
+    """The folder that `create` would make."""
+    numbered = (runs / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
+    return next(folder for folder in numbered if not folder.exists()).absolute()
+
+
+def _parts(recipe: Recipe) -> Parts:
+    # Looking for near twins takes seconds, and changes the counts only where one set's rows give away another's.
+    # The trainer does it in any case.
+    if recipe.train is not None and len(recipe.data) > 1:
+        return data.training_parts(recipe.data)[0]
+    return data.read_parts(recipe.data)
+
+
+def _rows(parts: Parts) -> Rows:
+    return Rows(train=len(parts.train), validation=len(parts.validation), test=len(parts.test))
+
+
+def _rows_at_hand(recipe: Recipe) -> tuple[Rows | None, str]:
+    """Rows before near twins of other sets are left out; None, and why, where counting is not quick."""
+    slow = [spec.title for spec in recipe.data if _is_slow(spec)]
+    if slow:
+        return None, f"{', '.join(slow)} would have to be fetched or split first; `finllm check` does it"
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a preview ends with its process
+    try:
+        return _rows(data.read_parts(recipe.data)), ""
+    except DataError as error:
+        return None, str(error)
+
+
+def _is_slow(spec: DatasetSpec) -> bool:
+    """Whether reading needs the network, or libraries that take seconds to load."""
+    return isinstance(spec, Hub) or (isinstance(spec, Table) and (spec.split is None or spec.path.suffix == ".parquet"))
+
+
+def checked(recipe_name: str, overrides: Sequence[str]) -> tuple[Path, Recipe, Parts, tuple[str, ...]]:
+    """A recipe and its data, read in full, and what was left out; raises FinllmError for whatever is wrong with them."""
+    path = shipped.find(recipe_name)
+    recipe = load(path, list(overrides))
+    if recipe.train is None:
+        return path, recipe, data.read_parts(recipe.data), ()
+    parts, notes = data.training_parts(recipe.data)
+    return path, recipe, parts, notes

@@ -1,0 +1,185 @@
+"""Tables on standard output: plans, runs, recipes, data."""
+
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from finllm.data import Parts
+from finllm.errors import FinllmError
+from finllm.example import LABELS, SPLITS
+from finllm.plan import Plan
+from finllm.recipe import Recipe, load
+from finllm.run import Progress, Run, State
+from launch import BACKENDS, shipped
+from launch.show import clock
+
+NARROWEST = 100
+"""Columns of a table that goes to a file or a pipe."""
+
+
+def show(table: Table) -> None:
+    """Print a table, as wide as the terminal, or wide enough where there is none."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(NARROWEST, console.measure(table).maximum))
+    console.print(table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", highlight=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def plan_lines(plan: Plan, folder: Path) -> list[str]:
+    """The plan in words, one line for each decision."""
+    recipe, rows = plan.recipe, plan.rows
+    facts = {
+        "run": str(folder),
+        "recipe": " ".join([plan.source, *plan.overrides]),
+        "model": f"{recipe.model.name}{'' if recipe.model.quantization == 'none' else f', {recipe.model.quantization}'}",
+        "data": ", ".join(spec.title for spec in recipe.data) + "; " + _counted(rows.model_dump() if rows else None),
+        "device": f"{plan.gpu or plan.device}, {plan.processes} process(es), {plan.dtype}",
+    }
+    if recipe.train is not None:
+        facts["method"] = _method(recipe)
+        facts["batch"] = (
+            f"{recipe.train.global_batch} = {plan.processes} process(es) x micro-batch {plan.micro_batch} x "
+            f"{plan.accumulation} accumulated; gradient checkpointing {'on' if plan.gradient_checkpointing else 'off'}"
+        )
+        facts["steps"] = "known once the data is counted" if plan.steps is None else str(plan.steps)
+    facts["because"] = "; ".join(plan.reasons)
+    return [f"{name:8} {text}" for name, text in facts.items() if text]
+
+
+def command_lines(plan: Plan) -> list[str]:
+    """The plan's commands, as one would type them."""
+    return [f"{stage:8} {shlex.join(command)}" for stage, command in plan.commands.items()]
+
+
+def _counted(rows: dict[str, int] | None) -> str:
+    return "rows not counted" if rows is None else ", ".join(f"{count} {part}" for part, count in rows.items())
+
+
+def _method(recipe: Recipe) -> str:
+    if recipe.train is None:
+        return "zero-shot"
+    if recipe.lora is None:
+        return f"{recipe.train.method}, all weights"
+    kind = "LoRA" if recipe.model.quantization == "none" else "QLoRA"
+    return f"{recipe.train.method}, {kind} rank {recipe.lora.rank}"
+
+
+def recipes(folder: Path) -> Table:
+    """Every recipe below a folder; a faulty one says so."""
+    table = _table("name", "model", "method", "data", "purpose")
+    for name in shipped.names(folder):
+        try:
+            recipe = load(folder / f"{name}.yaml")
+        except FinllmError:
+            table.add_row(name, "", "", "", f"faulty: see `finllm check {folder / name}.yaml`")
+            continue
+        data = ", ".join(spec.title for spec in recipe.data)
+        table.add_row(name, recipe.model.name, _method(recipe), data, recipe.purpose)
+    return table
+
+
+def data_counts(parts: Parts) -> Table:
+    """Examples of each data set, part and label."""
+    table = _table("data set", "part", *LABELS, "all")
+    counts = Counter((example.dataset, example.split, example.label) for example in parts.rows)
+    for dataset in dict.fromkeys(example.dataset for example in parts.rows):
+        for split in SPLITS:
+            each = [counts[dataset, split, label] for label in LABELS]
+            if any(each):
+                table.add_row(dataset, split, *map(str, each), str(sum(each)))
+    return table
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a run stands; the fields of `finllm status --json`."""
+
+    name: str
+    folder: str
+    status: str
+    """As in state.json, or `lost`, or `unknown` where the launcher did not start it."""
+    stage: str
+    doing: str
+    done: int | None
+    total: int | None
+    """0 where the end is not known."""
+    unit: str
+    loss: float | None
+    attempt: int | None
+    elapsed_seconds: float | None
+    seconds_left: float | None
+    where: str
+    error: str
+
+
+def standing(run: Run) -> Standing:
+    """How a run stands, from what its launcher and its worker have written."""
+    state, progress = State.of(run), Progress.of(run)
+    lost = state is not None and BACKENDS[state.backend].lost(state)
+    status = "unknown" if state is None else "lost" if lost else state.status
+    going_on = status in ("running", "unknown")
+    return Standing(
+        name=run.name,
+        folder=str(run.folder),
+        status=status,
+        stage=state.stage if state else "",
+        doing=progress.stage if progress and going_on else "",
+        done=progress.done if progress else None,
+        total=progress.total if progress else None,
+        unit=progress.unit if progress else "",
+        loss=progress.loss if progress else None,
+        attempt=state.attempt if state else None,
+        elapsed_seconds=None if state is None or lost else _elapsed(state),
+        seconds_left=progress.seconds_left if progress and going_on else None,
+        where=f"{state.backend}, {state.host}" if state else "started without `finllm launch`",
+        error=state.error if state else "",
+    )
+
+
+def _elapsed(state: State) -> float | None:
+    """Seconds of the present attempt, or of the last one; None before the first."""
+    if not state.started:
+        return None
+    end = datetime.fromisoformat(state.ended) if state.ended else datetime.now(UTC)
+    return (end - datetime.fromisoformat(state.started)).total_seconds()
+
+
+def runs(standings: Sequence[Standing]) -> Table:
+    """One line for each run."""
+    table = _table("run", "state", "stage", "progress", "loss", "attempt", "elapsed", "left", "where")
+    for run in standings:
+        table.add_row(
+            run.name,
+            run.status,
+            run.doing or run.stage,
+            "" if run.done is None else f"{run.done}/{run.total or '?'} {run.unit}",
+            "" if run.loss is None else f"{run.loss:.4g}",
+            "" if run.attempt is None else str(run.attempt),
+            "" if run.elapsed_seconds is None else clock(run.elapsed_seconds),
+            "" if run.seconds_left is None else clock(run.seconds_left),
+            run.where,
+        )
+    return table
+
+
+def remarks(standings: Sequence[Standing]) -> list[str]:
+    """What to know, and to do, about runs that have not ended well."""
+    say = {
+        "failed": "{name} failed: {error}\n  `finllm logs {name}` says more; `finllm resume {name}` tries again",
+        "lost": "{name} is lost: its supervisor was killed, or the machine restarted\n  `finllm resume {name}` goes on",
+        "stopped": "{name} is stopped; `finllm resume {name}` goes on",
+    }
+    return [say[run.status].format(name=run.name, error=run.error) for run in standings if run.status in say]
