@@ -21,14 +21,12 @@ def split(
     members: dict[int, list[int]] = defaultdict(list)
     for i, number in enumerate(group):
         members[number].append(i)
-    strata: dict[Label, list[tuple[str, list[int]]]] = defaultdict(list)
+    order = []
     for rows in members.values():
         name = min(comparable(texts[i]) for i in rows)
-        order = hashlib.sha256(f"{seed} {name}".encode()).hexdigest()
-        strata[_commonest(labels[i] for i in rows)].append((order, rows))
-    parts: dict[int, Split] = {}
-    for stratum in strata.values():
-        parts |= _dealt(sorted(stratum))
+        draw = hashlib.sha256(f"{seed} {name}".encode()).hexdigest()
+        order.append((_commonest(labels[i] for i in rows), draw, rows))
+    parts = _dealt([rows for _, _, rows in sorted(order)])
     return [parts[i] for i in range(len(texts))], group
 
 
@@ -43,12 +41,15 @@ def _commonest(labels: Iterable[Label]) -> Label:
     return max(sorted(count), key=lambda label: count[label])
 
 
-def _dealt(stratum: Sequence[tuple[str, list[int]]]) -> dict[int, Split]:
-    """Each group in turn goes to the part that is furthest behind its share."""
+def _dealt(deck: Sequence[Sequence[int]]) -> dict[int, Split]:
+    """Each group in turn goes to the part that is furthest behind its share.
+
+    One label comes after the other, so that each is dealt out in these shares.
+    """
     count: Counter[Split] = Counter()
     parts: dict[int, Split] = {}
     total = 0
-    for _, rows in stratum:
+    for rows in deck:
         total += len(rows)
         behind = {part: share * total - count[part] for part, share in SHARES.items()}
         part = max(behind, key=lambda name: behind[name])

@@ -88,7 +88,11 @@ def _fetch(hub: HubFiles, tried: list[str]) -> Path | None:
             Path(hf_hub_download(hub.repo, file, repo_type="dataset", local_files_only=offline)) for file in hub.files
         ]
     except (OSError, httpx.HTTPError, HfHubHTTPError) as error:
-        why = "not asked, HF_HUB_OFFLINE is set" if offline else f"{type(error).__name__}: {error}".split("\n")[0]
+        why = (
+            "not in the cache, and not asked because HF_HUB_OFFLINE is set"
+            if offline
+            else f"{type(error).__name__}: {error}".split("\n")[0]
+        )
         tried.append(f"{hub}: {why}")
         return None
     return paths[0] if zipfile.is_zipfile(paths[0]) else paths[0].parent
