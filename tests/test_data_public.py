@@ -125,6 +125,7 @@ def test_five_folds_test_every_row_once(name: str) -> None:
             seen = [tables.part(row, split) for split in get_args(tables.SplitName) if split.startswith("cv5")]
             assert Counter(seen) == {"test": 1, "validation": 1, "train": 3}
             assert (seen[0] == "test") == (row["split_s42"] == "test")
+            assert (seen.index("validation") + 1) % 5 == seen.index("test")
 
 
 def test_fiqa_has_the_published_counts() -> None:
