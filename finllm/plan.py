@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 from finllm import machine
 from finllm.errors import RecipeError
 from finllm.machine import Machine
-from finllm.recipe import Recipe
+from finllm.recipe import FOUR_BIT, Recipe
 from finllm.run import Run, read_json, write_json, write_text
 from finllm.yamlfile import Spec
 
@@ -51,6 +51,8 @@ class Plan(Spec):
     accumulation: int
     """Forward passes to one optimizer step."""
     gradient_checkpointing: bool
+    dequantize: bool
+    """Hold 4-bit weights in `dtype`: the same values, dequantised once instead of in every pass."""
     rows: Rows | None
     """None where counting the rows would need a download."""
     steps: int | None
@@ -114,6 +116,7 @@ def decide(
         micro_batch=micro_batch,
         accumulation=accumulation,
         gradient_checkpointing=_checkpointing(recipe, gpus, reasons),
+        dequantize=_dequantize(recipe, gpus, reasons),
         rows=rows,
         steps=_steps(recipe, rows),
         reasons=tuple(reasons),
@@ -176,6 +179,13 @@ def _checkpointing(recipe: Recipe, gpus: int, reasons: list[str]) -> bool:
     chosen = bool(gpus) and recipe.model.quantization != "none"
     reasons.append(f"gradient checkpointing {'on: quantised model on a GPU' if chosen else 'off'}")
     return chosen
+
+
+def _dequantize(recipe: Recipe, gpus: int, reasons: list[str]) -> bool:
+    if gpus or recipe.model.quantization not in FOUR_BIT:
+        return False
+    reasons.append("4-bit weights dequantised once: the CPU would do it in every pass")
+    return True
 
 
 def _steps(recipe: Recipe, rows: Rows | None) -> int | None:

@@ -11,8 +11,6 @@ from finllm.errors import RunError
 
 COMPLETE = "COMPLETE"
 """Marker file of a checkpoint that was written whole; one without it does not count."""
-STOPPED = 85
-"""Exit status of a trainer that was asked to stop and saved a checkpoint first."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,9 @@ class Progress:
     """Since this stage began."""
     loss: float | None = None
     error: str = ""
-    """Traceback, where the work failed."""
+    """What went wrong, with its traceback, where the work failed."""
+    outcome: Literal["", "done", "stopped", "failed"] = ""
+    """How the stage ended; `accelerate launch` does not pass a worker's exit status on."""
 
     @property
     def seconds_left(self) -> float | None:

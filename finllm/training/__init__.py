@@ -1,0 +1,144 @@
+"""Training: the table of contents of a run, shared by all methods."""
+
+import time
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from finllm import data, metrics, models, scoring, tracking
+from finllm.data import Parts
+from finllm.errors import RunError
+from finllm.example import LABELS
+from finllm.models import Card
+from finllm.plan import Plan
+from finllm.progress import steps
+from finllm.prompts import Prompter
+from finllm.recipe import Training
+from finllm.run import Run
+from finllm.training import sft
+from finllm.training.arguments import arguments
+from finllm.training.batches import encode
+from finllm.training.stopping import StopRequests
+from finllm.training.watching import LossWatch, OnValidation, Watcher, memory_gib
+
+METHODS = {"sft": sft}
+"""A training method is a module with a trainer and its configuration, and a type in the recipe's union."""
+
+
+def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: int) -> str | None:
+    """Train as planned and leave the weights in the run folder; returns what stopped it early, or None."""
+    recipe = plan.recipe
+    assert recipe.train is not None, "the plan of a run without training has no command that leads here"
+    parts, notes = data.training_parts(recipe.data)
+    if not parts.train:
+        raise RunError(f"{', '.join(s.title for s in recipe.data)}: no training rows; `parts` must name train")
+    if rank == 0:
+        print(*notes, _counts(parts), sep="\n", flush=True)
+    loaded = models.load(
+        recipe.model,
+        dtype=_weights_dtype(plan),
+        device=models.device_of(plan.device, local_rank),
+        dequantize=plan.dequantize,
+    )
+    model = models.with_adapter(loaded.model, recipe.lora, recipe.train.seed) if recipe.lora else loaded.model
+    prompter = Prompter(loaded.tokenizer, recipe.prompt)
+    tracker = tracking.start(run, plan, "train", main=rank == 0)
+    total = plan.steps or _steps(parts, recipe.train)
+    losses = LossWatch(parts.train)
+    with steps("training", total, "step", run if rank == 0 else None) as counter:
+        watcher = Watcher(
+            losses=losses, steps=counter, stop=stop, tracker=tracker, is_main=rank == 0, processes=plan.processes
+        )
+        trainer = METHODS[recipe.train.method].Sft(
+            model=model,
+            processing_class=loaded.tokenizer,
+            args=arguments(run, plan, total, validates=bool(parts.validation)),
+            rows=encode(parts.train, prompter),
+            losses=losses,
+            validation=_validation(model, parts, prompter, plan) if parts.validation else None,
+            callbacks=_callbacks(recipe.train, watcher, validates=bool(parts.validation)),
+        )
+        _run(trainer, run, tracker)
+    if watcher.stopped_by is None:
+        _save(trainer, loaded.tokenizer, run, plan)
+    tracker.finish()
+    return watcher.stopped_by
+
+
+def _run(trainer: Any, run: Run, tracker: tracking.Tracker) -> None:
+    """All steps that are left, from the newest complete checkpoint."""
+    done = run.complete_checkpoints()
+    began = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
+    figures = {"train/seconds": time.monotonic() - began, "train/memory_gib": memory_gib()}
+    if trainer.state.best_metric is not None:
+        figures["validation/best_loss"] = trainer.state.best_metric
+    tracker.summary(**figures)
+
+
+def _weights_dtype(plan: Plan) -> Any:
+    """Weights that are trained are fp32, whatever the arithmetic; frozen ones are as the plan says."""
+    return plan.dtype if plan.recipe.lora else "fp32"
+
+
+def _steps(parts: Parts, spec: Training) -> int:
+    each = -(-len(parts.train) // spec.global_batch)
+    return spec.max_steps or max(1, int(np.ceil(each * spec.epochs)))
+
+
+def _counts(parts: Parts) -> str:
+    return f"{len(parts.train)} training, {len(parts.validation)} validation, {len(parts.test)} test examples"
+
+
+def _validation(model: Any, parts: Parts, prompter: Prompter, plan: Plan) -> OnValidation:
+    """A function that scores the validation part, its rows spread over the processes."""
+    examples = parts.validation
+    prompts = [p.ids for p in prompter.render([e.text for e in examples], [e.target for e in examples])]
+    answers = [prompter.answers[label] for label in LABELS]
+    gold = np.array([LABELS.index(e.label) for e in examples])
+
+    def validate() -> dict[str, float]:
+        rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        mine = scoring.score(model, prompts[rank::processes], answers, batch_tokens=plan.recipe.evaluation.batch_tokens)
+        rows = np.zeros((len(prompts), len(LABELS)))
+        for other, part in enumerate(_gather(mine, processes)):
+            rows[other::processes] = part
+        predicted = rows.argmax(axis=1)
+        return {
+            "loss": float(-rows[np.arange(len(gold)), gold].mean()),
+            "accuracy": metrics.accuracy(gold, predicted),
+            "macro_f1": metrics.macro_f1(gold, predicted),
+        }
+
+    return validate
+
+
+def _gather(mine: Any, processes: int) -> list[Any]:
+    if processes == 1:
+        return [mine]
+    parts: list[Any] = [None] * processes
+    dist.all_gather_object(parts, mine)
+    return parts
+
+
+def _callbacks(spec: Training, watcher: Watcher, *, validates: bool) -> list[Any]:
+    from transformers import EarlyStoppingCallback
+
+    if spec.early_stopping is None:
+        return [watcher]
+    if not validates:
+        raise RunError("train.early_stopping needs a validation part, which this data does not have")
+    return [watcher, EarlyStoppingCallback(early_stopping_patience=spec.early_stopping)]
+
+
+def _save(trainer: Any, tokenizer: Any, run: Run, plan: Plan) -> None:
+    """The best weights, with what is needed to use them; whole or not at all."""
+    temporary = run.folder / ".adapter"
+    trainer.save_model(str(temporary))
+    if not trainer.accelerator.is_main_process:
+        return
+    tokenizer.save_pretrained(temporary)
+    trained = "adapter" if plan.recipe.lora else "all weights"
+    Card(base=plan.recipe.model, prompt=plan.recipe.prompt, trained=trained, commit=plan.commit).save(temporary)
+    temporary.rename(run.adapter)

@@ -1,0 +1,99 @@
+"""Sentiment of texts from a trained run, an adapter or any causal language model."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict, overload
+
+import numpy as np
+
+from finllm import models, scoring
+from finllm.errors import RunError
+from finllm.example import LABELS, Label
+from finllm.models import Card
+from finllm.prompts import Prompter
+from finllm.recipe import Model, Prompt
+
+log = logging.getLogger(__name__)
+
+
+class Prediction(TypedDict):
+    """The answer for one text."""
+
+    sentiment: Label
+    confidence: float
+    """Probability of that label among the three."""
+    probabilities: dict[Label, float]
+
+
+class SentimentPredictor:
+    """A model on a device, ready to read texts."""
+
+    def __init__(self, source: str | Path, *, device: str | None = None, batch_tokens: int = 16_384) -> None:
+        """Load a run folder, an adapter folder, a model folder, a hub id, or the embedded `smollm2-135m`.
+
+        `device` is `cuda`, `cpu` or null for the GPU where there is one. `batch_tokens` bounds memory, not results.
+        Raises RunError where `source` is none of these, or its run has not finished training.
+        """
+        import torch
+
+        folder = _weights(Path(source))
+        base, prompt = _base_and_prompt(str(source), folder)
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = "bf16" if place.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+        loaded = models.load(base, dtype=dtype if base.dtype == "auto" else base.dtype, device=place)
+        adapted = folder is not None and models.is_adapter(folder)
+        self.model: Any = models.attach(loaded.model, folder) if folder is not None and adapted else loaded.model
+        self.prompter = Prompter(loaded.tokenizer, prompt)
+        self.batch_tokens = batch_tokens
+
+    @overload
+    def predict(self, texts: str, target: str | None = None) -> Prediction: ...
+    @overload
+    def predict(self, texts: Sequence[str], target: str | None = None) -> list[Prediction]: ...
+
+    def predict(self, texts: str | Sequence[str], target: str | None = None) -> Prediction | list[Prediction]:
+        """The sentiment of one text, or of each of several (batched, in their order).
+
+        A text longer than the model was trained for is cut at its end, with a warning.
+        """
+        many = [texts] if isinstance(texts, str) else list(texts)
+        rendered = self.prompter.render(many, [target] * len(many))
+        cut = sum(prompt.truncated for prompt in rendered)
+        if cut:
+            log.warning("%d text(s) cut to fit %d tokens", cut, self.prompter.spec.max_tokens)
+        empty = sum(not text.strip() for text in many)
+        if empty:
+            log.warning("%d empty text(s): the answer is what the model says of nothing", empty)
+        answers = [self.prompter.answers[label] for label in LABELS]
+        rows = scoring.score(self.model, [p.ids for p in rendered], answers, batch_tokens=self.batch_tokens)
+        predictions = [_prediction(row) for row in scoring.probabilities(rows)]
+        return predictions[0] if isinstance(texts, str) else predictions
+
+
+def _prediction(row: Any) -> Prediction:
+    best = int(np.argmax(row))
+    return {
+        "sentiment": LABELS[best],
+        "confidence": float(row[best]),
+        "probabilities": {label: float(p) for label, p in zip(LABELS, row, strict=True)},
+    }
+
+
+def _weights(source: Path) -> Path | None:
+    """The folder of trained weights in a run folder or an adapter folder; None for a base model."""
+    if (source / "plan.json").is_file():
+        if not (source / "adapter" / models.CARD).is_file():
+            raise RunError(f"{source} has no trained weights yet; see `finllm status {source.name}`")
+        return source / "adapter"
+    return source if (source / models.CARD).is_file() or models.is_adapter(source) else None
+
+
+def _base_and_prompt(source: str, folder: Path | None) -> tuple[Model, Prompt]:
+    """The base model to load, and the prompt it was trained with (the default one where nobody says)."""
+    if folder is None:
+        return Model(name=source), Prompt()
+    if not (folder / models.CARD).is_file():
+        return Model(name=models.adapter_base(folder)), Prompt()
+    card = Card.of(folder)
+    return (card.base if card.trained == "adapter" else Model(name=str(folder))), card.prompt

@@ -1,0 +1,211 @@
+"""Log-probabilities of whole label strings after a prompt: what every prediction and every evaluation rests on.
+
+The tokens that all prompts share go through the model once; each batch continues from their keys and values. Labels of
+several tokens are a trie, scored in the same pass. Nothing is generated and nothing is parsed.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from finllm.progress import Steps
+
+
+@dataclass(frozen=True)
+class Trie:
+    """The labels as a tree of input tokens; a label's last token is never an input."""
+
+    tokens: tuple[int, ...]
+    """Input tokens after the prompt."""
+    parents: tuple[int, ...]
+    """Index of the token before; -1 is the prompt's last token."""
+    paths: tuple[tuple[tuple[int, int], ...], ...]
+    """For each label, the (input token or -1 for the prompt's last, next token) whose log-probabilities add up."""
+
+    @property
+    def depths(self) -> list[int]:
+        """Distance of each token from the prompt's end, from 0."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(0 if parent == -1 else depths[parent] + 1)
+        return depths
+
+    @property
+    def ancestors(self) -> torch.Tensor:
+        """(tokens, tokens) bool: what each token may attend to among the tree's tokens."""
+        seen = torch.eye(len(self.tokens), dtype=torch.bool)
+        for i, parent in enumerate(self.parents):
+            if parent != -1:
+                seen[i] |= seen[parent]
+        return seen
+
+
+def trie(answers: Sequence[tuple[int, ...]]) -> Trie:
+    """The tree of the answers' tokens."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    nodes: dict[tuple[int, ...], int] = {(): -1}
+    for answer in answers:
+        for length in range(1, len(answer)):
+            start = answer[:length]
+            if start not in nodes:
+                nodes[start] = len(tokens)
+                tokens.append(start[-1])
+                parents.append(nodes[start[:-1]])
+    paths = tuple(tuple((nodes[answer[:k]], answer[k]) for k in range(len(answer))) for answer in answers)
+    return Trie(tuple(tokens), tuple(parents), paths)
+
+
+def score(
+    model: Any,
+    prompts: Sequence[list[int]],
+    answers: Sequence[tuple[int, ...]],
+    *,
+    batch_tokens: int,
+    steps: Steps | None = None,
+) -> NDArray[np.float64]:
+    """Log-probabilities, (prompts, answers) in nats, of each whole answer after each prompt.
+
+    The result does not depend on `batch_tokens`, the most tokens in one pass, beyond rounding.
+    """
+    if not prompts:
+        return np.zeros((0, len(answers)))
+    shared = _shared_length(prompts)
+    if not _shares(model, max(map(len, prompts)) + max(map(len, answers))):
+        shared = 0
+    tree = trie(answers)
+    result = np.zeros((len(prompts), len(answers)))
+    with torch.inference_mode():
+        prefix = _prefix(model, prompts[0][:shared]) if shared else []
+        for batch in _batches([len(p) - shared for p in prompts], len(tree.tokens), batch_tokens):
+            rows = _score_batch(model, prefix, [prompts[i] for i in batch], shared, tree)
+            result[batch] = rows.double().cpu().numpy()  # the one copy to the host
+            if steps is not None:
+                steps.add(len(batch))
+    return result
+
+
+def probabilities(log_probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rows that sum to 1: the probability of each label given that the answer is one of them."""
+    shifted = np.exp(log_probabilities - log_probabilities.max(axis=1, keepdims=True))
+    normalised: NDArray[np.float64] = shifted / shifted.sum(axis=1, keepdims=True)
+    return normalised
+
+
+def _shared_length(prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts begin with; each keeps at least one token of its own."""
+    first, last = min(prompts), max(prompts)  # the extremes in dictionary order share the least
+    limit = min(map(len, prompts)) - 1
+    length = 0
+    while length < limit and first[length] == last[length]:
+        length += 1
+    return length
+
+
+def _shares(model: Any, longest: int) -> bool:
+    """Whether a cached prefix is exact: no layer may look back less far than the longest prompt."""
+    config = _base(model).config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    return window is None or window >= longest
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _batches(lengths: list[int], extra: int, batch_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of like length, each at most `batch_tokens` with padding (but at least one row)."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and (len(batch) + 1) * (lengths[index] + extra) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _prefix(model: Any, ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of the shared tokens, (1, heads, tokens, head size), for each layer."""
+    from transformers import DynamicCache
+
+    base = _base(model)
+    cache = DynamicCache(config=base.config)
+    with _autocast(base):
+        base.get_decoder()(torch.tensor([ids], device=base.device), past_key_values=cache, use_cache=True)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _score_batch(
+    model: Any,
+    prefix: list[tuple[torch.Tensor, torch.Tensor]],
+    prompts: list[list[int]],
+    shared: int,
+    tree: Trie,
+) -> torch.Tensor:
+    """Log-probabilities (rows, answers) of one batch, in fp32, on the model's device."""
+    from transformers import DynamicCache
+
+    base = _base(model)
+    rows, branch = len(prompts), len(tree.tokens)
+    lengths = torch.tensor([len(p) - shared for p in prompts])
+    longest = int(lengths.max())
+    ids = torch.zeros(rows, longest + branch, dtype=torch.long)  # right padding; no row attends to it
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt) - shared] = torch.tensor(prompt[shared:])
+    positions = (shared + torch.arange(longest + branch)).repeat(rows, 1)
+    ids[:, longest:] = torch.tensor(tree.tokens, dtype=torch.long)
+    positions[:, longest:] = shared + lengths[:, None] + torch.tensor(tree.depths, dtype=torch.long)
+    mask = _mask(lengths, longest, shared, tree).to(base.device) if branch else None
+    cache = DynamicCache(config=base.config)
+    for layer, (keys, values) in enumerate(prefix):
+        cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
+    with _autocast(base):
+        hidden = (
+            base.get_decoder()(
+                ids.to(base.device),
+                position_ids=positions.to(base.device),
+                attention_mask=mask,
+                past_key_values=cache if prefix else None,
+                use_cache=bool(prefix),
+            )
+            .last_hidden_state  # (rows, longest + branch, hidden)
+        )
+        wanted = torch.cat([(lengths - 1)[:, None], longest + torch.arange(branch).expand(rows, -1)], dim=1)
+        wanted = wanted.to(base.device)
+        hidden = hidden.gather(1, wanted[..., None].expand(-1, -1, hidden.shape[-1]))  # (rows, 1 + branch, hidden)
+        logits = base.get_output_embeddings()(hidden).float()
+    cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    log_p = torch.log_softmax(logits, dim=-1)  # (rows, 1 + branch, vocabulary)
+    return torch.stack([_sum_path(log_p, path) for path in tree.paths], dim=1)
+
+
+def _sum_path(log_p: torch.Tensor, path: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """Log-probability (rows,) of one answer from `log_p` (rows, 1 + tree tokens, vocabulary)."""
+    total = torch.zeros(log_p.shape[0], device=log_p.device)
+    for node, token in path:
+        total = total + log_p[:, node + 1, token]
+    return total
+
+
+def _mask(lengths: torch.Tensor, longest: int, shared: int, tree: Trie) -> torch.Tensor:
+    """(rows, 1, queries, keys) bool: prompts are causal; a tree token sees its prompt and its ancestors."""
+    rows, branch = len(lengths), len(tree.tokens)
+    seen = torch.zeros(rows, longest + branch, shared + longest + branch, dtype=torch.bool)
+    seen[:, :, :shared] = True
+    seen[:, :longest, shared : shared + longest] = torch.ones(longest, longest, dtype=torch.bool).tril()
+    seen[:, longest:, shared : shared + longest] = (torch.arange(longest) < lengths[:, None])[:, None]
+    seen[:, longest:, shared + longest :] = tree.ancestors
+    return seen[:, None]
+
+
+def _autocast(base: Any) -> torch.autocast:
+    """bf16 arithmetic where the weights are bf16 (LoRA adapters are fp32); none elsewhere."""
+    kind = base.get_output_embeddings().weight.dtype
+    return torch.autocast(base.device.type, dtype=torch.bfloat16, enabled=kind == torch.bfloat16)

@@ -1,0 +1,65 @@
+"""Supervised fine-tuning: TRL's trainer with our batches, loss on answer tokens only, and validation by the scorer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from finllm.training.batches import EpochLoader, GlobalBatches, Row, Rows, pad
+from finllm.training.watching import LossWatch, OnValidation
+
+
+class Sft(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
+    """TRL's SFTTrainer, less its host synchronisations, with an order of examples that any machine repeats."""
+
+    def __init__(self, *, rows: Sequence[Row], losses: LossWatch, validation: OnValidation | None, **trl: Any) -> None:
+        self._rows, self._losses, self._validation = rows, losses, validation
+        lengths = {"input_ids": [[0]] * len(rows), "labels": [[0]] * len(rows)}  # TRL counts these; ours are loaded
+        super().__init__(
+            train_dataset=Dataset.from_dict(lengths),
+            eval_dataset=Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}) if validation else None,
+            data_collator=pad,
+            **trl,
+        )
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:  # TRL makes the adapters of a quantised model bf16, too coarse for Adam's steps
+                parameter.data = parameter.data.float()
+
+    def get_train_dataloader(self) -> EpochLoader:
+        """Our own order; the trainer moves the tensors to the device."""
+        sampler = GlobalBatches(
+            len(self._rows),
+            micro_batch=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            rank=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+            seed=self.args.seed,
+        )
+        return EpochLoader(Rows(self._rows), batch_sampler=sampler, collate_fn=pad)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Mean cross-entropy of the answer tokens of the whole optimizer step, over all processes."""
+        assert not return_outputs, "validation goes through the scorer, which needs no outputs of this"
+        meta = inputs.pop("meta")
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)  # TRL's: the head on answer positions only
+        loss: torch.Tensor = -outputs.log_probs.sum() / num_items_in_batch
+        self._losses.add(loss, meta)
+        return loss * self.accelerator.num_processes  # DDP averages over processes; the count is of all of them
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Validation by label scoring: the figures that choose the best checkpoint."""
+        assert self._validation is not None, "validation is scheduled only where there is a validation part"
+        training = self.model.training
+        self.model.eval()
+        metrics = {f"eval_{name}": value for name, value in self._validation().items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.model.train(training)
+        return metrics
+
+
+Config = SFTConfig

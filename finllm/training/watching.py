@@ -1,0 +1,132 @@
+"""What happens around the steps: tracking, progress, checkpoints marked complete, stopping, a broken loss."""
+
+import resource
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from finllm.errors import RunError
+from finllm.example import Example
+from finllm.progress import Steps
+from finllm.run import COMPLETE, write_text
+from finllm.tracking import Tracker
+from finllm.training.stopping import StopRequests
+
+
+def memory_gib() -> float:
+    """Peak memory of this process so far: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class LossWatch:
+    """Keeps the losses of one step, and which examples they came from, until they are seen to be finite."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = examples
+        self._passes: deque[tuple[torch.Tensor, list[int]]] = deque()
+        self.examples_done = 0
+        self.tokens_done = 0
+
+    def add(self, loss: torch.Tensor, meta: dict[str, Any]) -> None:
+        """One forward pass is done."""
+        self._passes.append((loss.detach(), meta["rows"]))
+        self.examples_done += len(meta["rows"])
+        self.tokens_done += meta["tokens"]
+
+    def check(self, step: int, learning_rate: float) -> None:
+        """Raise RunError if a loss of this step is not a finite number."""
+        passes, self._passes = self._passes, deque()
+        if not passes or bool(torch.isfinite(torch.stack([loss for loss, _ in passes])).all()):
+            return
+        rows = [row for loss, rows in passes if not torch.isfinite(loss) for row in rows]
+        named = ", ".join(self._examples[row].id for row in rows[:8]) + (", ..." if len(rows) > 8 else "")
+        raise RunError(
+            f"the loss is not a finite number at step {step}, in the batch of {named}\n"
+            f"Likely causes: learning rate {learning_rate:.1e} is too high (try a tenth); a base model whose weights "
+            "hold NaN or overflow in this dtype (try model.dtype=fp32).\n"
+            "What was saved before this step stands: `finllm resume` continues from there with the same settings."
+        )
+
+
+class Watcher(TrainerCallback):  # type: ignore[misc]  # Transformers ships no types for its callbacks
+    """Connects the trainer with the run folder and with tracking; one for each process."""
+
+    def __init__(
+        self, *, losses: LossWatch, steps: Steps, stop: StopRequests, tracker: Tracker, is_main: bool, processes: int
+    ) -> None:
+        self._losses, self._steps, self._stop, self._tracker = losses, steps, stop, tracker
+        self._is_main, self._processes = is_main, processes
+        self._last = (time.monotonic(), 0, 0)
+        self.stopped_by: str | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._last = (time.monotonic(), 0, 0)
+        self._steps.at(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self._losses.check(state.global_step, more["optimizer"].param_groups[0]["lr"])
+        self._steps.at(state.global_step)
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = args.eval_strategy != "no"
+        reason = self._anyone(self._stop.reason)
+        if reason is not None:
+            self.stopped_by = reason
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        numbers = {_key(name): float(value) for name, value in logs.items() if isinstance(value, int | float)}
+        if "loss" in logs:
+            numbers |= self._pace()
+            self._steps.at(state.global_step, logs["loss"])
+        self._tracker.log(state.global_step, **numbers)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        _barrier()  # every process has written its part
+        if self._is_main:
+            write_text(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE, f"{state.global_step}\n")
+
+    def _pace(self) -> dict[str, float]:
+        """Throughput since the last log, over all processes, and peak memory of this one."""
+        then, examples, tokens = self._last
+        now = time.monotonic()
+        self._last = (now, self._losses.examples_done, self._losses.tokens_done)
+        scale = self._processes / max(now - then, 1e-9)
+        return {
+            "train/examples_per_s": (self._losses.examples_done - examples) * scale,
+            "train/tokens_per_s": (self._losses.tokens_done - tokens) * scale,
+            "train/memory_gib": memory_gib(),
+        }
+
+    def _anyone(self, reason: str | None) -> str | None:
+        """The reason to stop of any process; all processes get the same answer, so all stop at the same step."""
+        if not dist.is_initialized():
+            return reason
+        asked = torch.tensor([reason is not None], dtype=torch.int32, device=_device())
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return (reason or "another process") if asked.item() else None
+
+
+def _key(name: str) -> str:
+    """Transformers' name of a figure as a path: `eval_loss` is `validation/loss`."""
+    return f"validation/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+OnValidation = Callable[[], dict[str, float]]
+"""Computes the validation figures, on every process alike."""
