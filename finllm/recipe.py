@@ -168,9 +168,12 @@ class Recipe(Spec):
 
     purpose: str = ""
     """One line for the table of `finllm recipes`."""
-    model: Annotated[Model, BeforeValidator(_named)]
+    model: Annotated[Model, BeforeValidator(_named, json_schema_input_type=str | Model)]
     """The base model; there is no default. `smollm2-135m` needs no hub."""
-    data: Annotated[tuple[DataSpec, ...], BeforeValidator(_listed)] = Field(min_length=1)
+    data: Annotated[
+        tuple[DataSpec, ...],
+        BeforeValidator(_listed, json_schema_input_type=str | DataSpec | tuple[str | DataSpec, ...]),
+    ] = Field(min_length=1)
     """One data set or several; there is no default. `sample` is shipped."""
     prompt: Prompt = Prompt()
     lora: Lora | None = Lora()

@@ -3,20 +3,19 @@
 Used for recipes and for cluster profiles alike, so that both are refused in the same words.
 """
 
-import difflib
-import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML, MappingNode, ScalarNode, SequenceNode
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from finllm import faults
 from finllm.errors import RecipeError
+from finllm.faults import Key, dotted
 
-Key = tuple[str | int, ...]
 S = TypeVar("S", bound="Spec")
 
 
@@ -58,16 +57,16 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Document:
 
 def parse(model: type[S], document: Document) -> S:
     """The document as `model`; raises one RecipeError that lists every fault with its place."""
-    faults = list(document.faults)
+    found = list(document.faults)
     try:
         value = model.model_validate(document.values)
     except ValidationError as error:
-        faults += [_fault(model, document, dict(e)) for e in error.errors(include_url=False)]
+        found += faults.described(model, document.values, error.errors(include_url=False), document.place)
     else:
-        if not faults:
+        if not found:
             return value
-    noun = "fault" if len(faults) == 1 else "faults"
-    raise RecipeError("\n".join([f"{document.name}: {len(faults)} {noun}", *(f"  {fault}" for fault in faults)]))
+    noun = "fault" if len(found) == 1 else "faults"
+    raise RecipeError("\n".join([f"{document.name}: {len(found)} {noun}", *(f"  {fault}" for fault in found)]))
 
 
 def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> Document:
@@ -99,11 +98,11 @@ def _read_one(path: Path) -> Document:
     document = Document(str(path))
     try:
         root = _yaml().compose(text)
+        if not isinstance(root, MappingNode):
+            raise RecipeError(f"{path}: holds no keys; write a YAML mapping such as `model: smollm2-135m`")
+        document.values = _value(root, (), document)
     except YAMLError as error:
         raise RecipeError(f"{path}: is not YAML: {_yaml_problem(error)}") from error
-    if not isinstance(root, MappingNode):
-        raise RecipeError(f"{path}: holds no keys; a recipe is a YAML mapping such as `model: smollm2-135m`")
-    document.values = _value(root, (), document)
     return document
 
 
@@ -113,7 +112,8 @@ def _yaml() -> YAML:
 
 def _yaml_problem(error: YAMLError) -> str:
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
-        return f"line {error.problem_mark.line + 1}: {error.problem}"
+        problem = f"line {error.problem_mark.line + 1}: {error.problem}"
+        return f"{problem}; YAML 1.2 has no merge keys, use `extends`" if "2002:merge" in problem else problem
     return str(error)
 
 
@@ -130,7 +130,7 @@ def _value(node: Any, key: Key, document: Document) -> Any:
         place = f"{document.name}:{key_node.start_mark.line + 1}"
         inner = (*key, name)
         if name in values:
-            document.faults.append(f"{place}: {_dotted(inner)} is given twice, first at {document.places[inner]}")
+            document.faults.append(f"{place}: {dotted(inner)} is given twice, first at {document.places[inner]}")
             continue
         document.places[inner] = place
         values[name] = _value(value_node, inner, document)
@@ -151,6 +151,8 @@ def _merge(document: Document, other: Document) -> None:
 def _merge_values(document: Document, old: dict[str, Any], other: Document, new: dict[str, Any], key: Key) -> None:
     for name, value in new.items():
         inner = (*key, name)
+        if isinstance(value, dict) and isinstance(old.get(name), str):
+            old[name] = _opened(old[name])
         if isinstance(value, dict) and isinstance(old.get(name), dict):
             document.places[inner] = other.places[inner]
             _merge_values(document, old[name], other, value, inner)
@@ -163,110 +165,47 @@ def _merge_values(document: Document, old: dict[str, Any], other: Document, new:
 
 def _override(document: Document, text: str) -> None:
     """Set one value from `dotted.key=value`, the value read as YAML."""
-    dotted, equals, value_text = text.partition("=")
-    parts: list[str | int] = [int(p) if p.isdigit() else p for p in dotted.strip().split(".")]
+    name, equals, value_text = text.partition("=")
+    parts: list[str | int] = [int(part) if part.isdigit() else part for part in name.strip().split(".")]
     if not equals or "" in parts:
         raise RecipeError(f"{text!r} is no override; write key=value, such as train.epochs=1")
+    source = Document("command line")
     try:
         node = _yaml().compose(value_text)
+        value = None if node is None else _value(node, (), source)
     except YAMLError as error:
         raise RecipeError(f"{text!r}: the value is not YAML: {_yaml_problem(error)}") from error
-    source = Document("command line")
-    value = None if node is None else _value(node, (), source)
     document.faults += [f"{fault} in {text!r}" for fault in source.faults]
     holder: Any = document.values
-    for part in parts[:-1]:
-        if isinstance(holder, list) and isinstance(part, int) and part < len(holder):
-            holder = holder[part]
-        elif isinstance(holder, dict):
-            if not isinstance(holder.get(str(part)), dict | list):
-                holder[str(part)] = {}
-            holder = holder[str(part)]
-        else:
-            raise RecipeError(f"{text!r}: there is no {dotted} to set; the list has {len(holder)} item(s), from 0")
-    last = parts[-1]
-    if isinstance(holder, list):
-        if not isinstance(last, int) or last >= len(holder):
-            raise RecipeError(f"{text!r}: there is no {dotted} to set; the list has {len(holder)} item(s), from 0")
-        holder[last] = value
-    else:
-        last = str(last)
-        holder[last] = value
-    path = (*(str(p) if isinstance(p, str) else p for p in parts[:-1]), last)
-    for stale in [place for place in document.places if place[: len(path)] == path]:
-        del document.places[stale]
-    document.places[path] = f"command line ({text})"
+    key: Key = ()
+    for part, after in zip(parts, [*parts[1:], None], strict=True):
+        at = _index(holder, part, text)
+        key = (*key, at)
+        old = holder.get(at) if isinstance(holder, dict) else holder[at]
+        new = value if after is None else _opened(old, after)
+        if new is not old:
+            for stale in [place for place in document.places if place[: len(key)] == key]:
+                del document.places[stale]
+            document.places[key] = f"command line ({text})"
+        holder[at] = new
+        holder = new
 
 
-def _fault(model: type[BaseModel], document: Document, error: dict[str, Any]) -> str:
-    """One fault in words: place, key, what was found, what is allowed, the nearest known key."""
-    spec, key = _locate(model, document.values, error["loc"])
-    place, dotted = document.place(key), _dotted(key)
-    if error["type"] == "extra_forbidden":
-        known = sorted(_names(spec))
-        near = difflib.get_close_matches(str(key[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"{place}: {dotted} is not a known key; {hint}"
-    if error["type"] == "missing":
-        return f"{place}: {dotted} is missing; {_hint(spec, key)}"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{place}: {dotted + ': ' if dotted else ''}{message}"
-    found = error["input"]
-    shown = "null" if found is None else repr(found) if not isinstance(found, dict | list) else type(found).__name__
-    return f"{place}: {dotted} is {shown}; {message[0].lower()}{message[1:]}"
+def _index(holder: Any, part: str | int, text: str) -> str | int:
+    """The part as a key of the mapping, or as an index of the list, that it is looked for in."""
+    if not isinstance(holder, list):
+        return str(part)
+    if isinstance(part, str) or part >= len(holder):
+        raise RecipeError(f"{text!r}: there is no item {part} to set; the list has {len(holder)} item(s), from 0")
+    return part
 
 
-def _hint(spec: type[BaseModel], key: Key) -> str:
-    info = spec.model_fields.get(str(key[-1]))
-    return (info.description or "").split("\n")[0] if info and info.description else "write it"
-
-
-def _dotted(key: Iterable[str | int]) -> str:
-    return ".".join(str(part) for part in key)
-
-
-def _names(spec: type[BaseModel]) -> set[str]:
-    return set(spec.model_fields)
-
-
-def _locate(model: type[BaseModel], values: Any, loc: Sequence[str | int]) -> tuple[type[BaseModel], Key]:
-    """The spec that a pydantic location falls in, and the location without union tags."""
-    key: list[str | int] = []
-    spec, options = model, [model]
-    for step, part in enumerate(loc):
-        fields = {name: info.annotation for option in options for name, info in option.model_fields.items()}
-        here = isinstance(values, dict) and part in values
-        item = isinstance(values, list) and isinstance(part, int)
-        tagged = [o for o in options if _tag(o) == part or o.__name__ == part]
-        if tagged and not (here and part in fields):
-            spec, options = tagged[0], tagged
-            continue
-        if not (here or item or part in fields or step == len(loc) - 1):
-            continue  # a union branch or a validator's name, not a key of the file
-        if len(options) == 1:
-            spec = options[0]
-        key.append(part)
-        values = values[part] if here or (item and int(part) < len(values)) else None
-        if not item:
-            options = list(_specs(fields.get(str(part)))) or options
-    return spec, tuple(key)
-
-
-def _tag(option: type[BaseModel]) -> str | None:
-    """The literal value that picks this option in a union (`name: fiqa`, `method: sft`)."""
-    for info in option.model_fields.values():
-        if get_origin(info.annotation) is not None and str(get_origin(info.annotation)).endswith("Literal"):
-            choices = get_args(info.annotation)
-            if len(choices) == 1:
-                return str(choices[0])
-    return None
-
-
-def _specs(annotation: Any) -> Iterable[type[BaseModel]]:
-    """Every spec inside a type: through unions, lists and annotations."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif get_origin(annotation) in (Union, types.UnionType, list, tuple, Annotated, dict):
-        for argument in get_args(annotation):
-            yield from _specs(argument)
+def _opened(old: Any, after: str | int = "") -> Any:
+    """A value as something that `after` can be set in: `smollm2-135m` is short for `{name: smollm2-135m}`."""
+    if isinstance(old, list):
+        return old
+    if isinstance(after, int) and old is not None:
+        return [old]  # one data set is short for a list of one
+    if isinstance(old, dict):
+        return old
+    return {"name": old} if isinstance(old, str) else {}
