@@ -60,6 +60,12 @@ def test_fewer_training_rows_are_a_subset_of_more_and_spare_the_other_parts() ->
     assert (len(few.validation), len(few.test)) == (60, 170)
 
 
+def test_the_draw_of_training_rows_is_fixed() -> None:
+    """The same four on every machine and in every version."""
+    drawn = [e.id for e in read_parts([Sample(name="sample", train_rows=4)]).train]
+    assert drawn == ["sample:s390", "sample:s487", "sample:s551", "sample:s568"]
+
+
 def test_a_set_used_twice_without_an_alias_is_refused() -> None:
     """Ids name rows in predictions, so they are unique over the whole recipe."""
     with pytest.raises(DataError, match=r"620 example id.* sample:s001.*alias"):
