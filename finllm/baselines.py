@@ -63,8 +63,8 @@ def fit_tfidf(train: Sequence[Example], validation: Sequence[Example]) -> Linear
     """TF-IDF of word 1-2-grams and character 2-4-grams with the logistic regression that does best on validation.
 
     Best is highest in accuracy, then in macro-F1, then the most regularised. Without validation rows C is 1; with one
-    label in the training rows there is nothing to fit, and the answer is that label. Uses one core. The target is not read:
-    as a bag of words it does not help.
+    label in the training rows there is nothing to fit, and the answer is that label. Uses one core. The target is
+    not read: as a bag of words it does not help.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.pipeline import make_union
