@@ -103,6 +103,8 @@ def _read_one(path: Path) -> Document:
         document.values = _value(root, (), document)
     except YAMLError as error:
         raise RecipeError(f"{path}: is not YAML: {_yaml_problem(error)}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{path}: an anchor stands inside itself; write the values out") from error
     return document
 
 
@@ -138,8 +140,10 @@ def _value(node: Any, key: Key, document: Document) -> Any:
 
 
 def _scalar(node: ScalarNode) -> Any:
-    yaml = _yaml()
-    return yaml.constructor.construct_object(node, deep=True)
+    try:
+        return _yaml().constructor.construct_object(node, deep=True)
+    except ValueError as error:  # `!!float x`
+        raise MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
 
 
 def _merge(document: Document, other: Document) -> None:
