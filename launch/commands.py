@@ -166,13 +166,15 @@ def check(*, recipe: str, overrides: list[str]) -> int:
 def schema() -> int:
     """The JSON schema of a recipe, for editors."""
     described = Recipe.model_json_schema()
+    needed = described.pop("required")
+    for part in described["$defs"].values():
+        part.pop("required", None)  # it may stand in a file that this one extends
     described["properties"]["extends"] = {
         "description": "Files that this one adds to and changes, relative to it.",
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
     }
-    # With `extends`, the model or the data may stand in another file.
-    described |= {"$schema": "https://json-schema.org/draft/2020-12/schema", "required": []}
-    print(json.dumps(described, indent=1))
+    described |= {"if": {"not": {"required": ["extends"]}}, "then": {"required": needed}}
+    print(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **described}, indent=1))
     return DONE
 
 
