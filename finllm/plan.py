@@ -1,9 +1,9 @@
 """The plan: what will happen, decided from recipe and machine before anything starts. Imports no torch."""
 
-import datetime
 import importlib.metadata
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -97,7 +97,7 @@ def decide(
     gpus = len(here.gpus) if asked.gpus == "auto" else asked.gpus
     if gpus > len(here.gpus):
         raise RecipeError(f"resources.gpus is {gpus}, but {len(here.gpus)} can be seen here; write auto, or fewer")
-    count = processes or (gpus if gpus else asked.cpu_processes)
+    count = processes or gpus or asked.cpu_processes
     if recipe.train is None and processes is None:
         count = 1
     reasons: list[str] = []
@@ -121,7 +121,7 @@ def decide(
         steps=_steps(recipe, rows),
         reasons=tuple(reasons),
         commands=_commands(recipe, folder),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=commit(),
         versions=versions(),
     )
@@ -210,12 +210,13 @@ def _commands(recipe: Recipe, folder: Path) -> dict[str, tuple[str, ...]]:
 def accelerate_yaml(plan: Plan) -> str:
     """Accelerate's configuration file, complete, so that the user's default file changes nothing."""
     several = plan.processes > 1
-    lines = {
+    lines = {  # read as YAML 1.1, where a bare no is false
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "MULTI_GPU" if several else "NO",  # MULTI_GPU with use_cpu is gloo
-        "mixed_precision": "bf16" if plan.dtype == "bf16" else "no",
+        "distributed_type": "MULTI_GPU" if several else "'NO'",  # MULTI_GPU with use_cpu is gloo
+        "mixed_precision": "bf16" if plan.dtype == "bf16" else "'no'",
         "num_machines": 1,
         "machine_rank": 0,
+        "main_process_port": 0,  # a free one, so that two runs can share a machine
         "num_processes": plan.processes,
         "use_cpu": str(plan.device == "cpu").lower(),
         "rdzv_backend": "static",

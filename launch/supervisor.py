@@ -105,7 +105,7 @@ class _Supervisor:
         self._change(stage=stage)
         self._say(f"attempt {self._state.attempt}, {stage}, {now()}")
         with self._run.log.open("ab") as log:
-            child = tether.start(self._plan.commands[stage], self._mark, self._wait, log, self._environment())
+            child = tether.start(self._plan.commands[stage], self._mark, self._wait, log, self._environment(stage))
         assert child.stdin is not None, "the tether's life line is a pipe"
         try:
             self._change(group=child.pid)
@@ -124,16 +124,16 @@ class _Supervisor:
             self._killed_by = signal.Signals(status - 128).name
         return status
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, stage: Stage) -> dict[str, str]:
         own = {
             "PYTHONUNBUFFERED": "1",
             "TOKENIZERS_PARALLELISM": "false",  # tokenizers warn of it when a data loader forks
             # torchrun kills its workers 30 s after SIGTERM, which may be in the middle of a checkpoint
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(self._wait + tether.KILL_SECONDS + 60)),
         }
-        if self._plan.device == "cpu" and self._plan.processes > 1:
-            cores = len(os.sched_getaffinity(0)) // self._plan.processes
-            own["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, cores)))
+        if self._plan.device == "cpu":  # else accelerate shares out all cores, also those that are not ours
+            threads = len(os.sched_getaffinity(0)) // (self._plan.processes if stage == "train" else 1)
+            own["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, threads)))
         return {**os.environ, **own}
 
     def _stop_asked(self) -> bool:
