@@ -119,3 +119,6 @@ BASELINES: dict[str, Callable[[Sequence[Example], Sequence[Example]], Classifier
     "tfidf": fit_tfidf,
 }
 """Every baseline that a recipe can name: (training rows, validation rows) -> classifier."""
+
+NAMES = {"majority": "majority class", "tfidf": "TF-IDF + logistic regression"}
+"""What tables call them."""

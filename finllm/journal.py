@@ -27,11 +27,11 @@ class Journal:
     """Writes metrics.jsonl: one line for each call, on disk when the call returns."""
 
     def __init__(self, run: Run, stage: str) -> None:
-        path, self._stage = run.metrics, stage
-        written = path.read_bytes() if path.is_file() else b""
+        self._path, self._stage = run.metrics, stage
+        written = self._path.read_bytes() if self._path.is_file() else b""
         self.lines = written.count(b"\n")
-        self._file = path.open("a", encoding="utf-8")
-        self._file.truncate(written.rfind(b"\n") + 1)  # a line torn by a crash must not swallow the next
+        if not written.endswith(b"\n"):  # a line torn by a crash must not swallow the next
+            self._path.write_bytes(written[: written.rfind(b"\n") + 1])
 
     def log(self, step: int, /, **numbers: float) -> None:
         """Figures of one optimizer step."""
@@ -41,16 +41,15 @@ class Journal:
         """Figures of the whole run."""
         self._write(None, numbers)
 
-    def finish(self, exit_code: int = 0) -> None:  # noqa: ARG002 - a Tracker
-        """Close the file."""
-        self._file.close()
+    def finish(self, exit_code: int = 0) -> None:
+        """Nothing is left to do."""
 
     def _write(self, step: int | None, numbers: Mapping[str, float]) -> None:
         known = {"step": step, "time": round(time.time(), 3), "stage": self._stage}
         assert not known.keys() & numbers.keys(), f"figures called {known.keys() & numbers.keys()} have no place"
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._file.write(json.dumps({**known, **finite}, allow_nan=False) + "\n")
-        self._file.flush()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**known, **finite}, allow_nan=False) + "\n")
         self.lines += 1
 
 
