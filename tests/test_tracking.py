@@ -147,6 +147,21 @@ def test_a_second_session_continues_the_same_run(run: Run) -> None:
     assert summary(run)["test/accuracy"] == 0.75
 
 
+def children() -> str:
+    """Names of the processes that this one has started and that are still there."""
+    return subprocess.run(
+        ["ps", "-o", "comm=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_finish_leaves_no_process_behind(run: Run) -> None:
+    """W&B's own process has written everything and is gone when finish returns."""
+    tracker = tracking.start(run, plan(), "train")
+    assert "wandb-core" in children()
+    tracker.finish()
+    assert "wandb-core" not in children()
+
+
 def test_every_figure_is_drawn_over_the_training_step(run: Run) -> None:
     """W&B is told to use our step as x-axis, so that a rollback overlaps instead of being dropped."""
     tracking.start(run, plan(), "train").finish()
