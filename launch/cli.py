@@ -2,13 +2,12 @@
 
 import argparse
 import difflib
-import os
 import sys
 from pathlib import Path
 
 from finllm.errors import FinllmError
 from launch import commands, shipped
-from launch.show import forget_output
+from launch.show import forget_output, usual_runs
 
 DESCRIPTION = "Fine-tune open language models to read the sentiment of financial text."
 EXAMPLES = """\
@@ -52,13 +51,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _place(parser: argparse.ArgumentParser, rest: list[str], chosen: dict[str, object]) -> None:
-    """Overrides that stand after an option, where argparse takes no more of them; anything else is refused."""
-    overrides = chosen.get("overrides")
+    """Overrides, texts or runs that stand after an option, where argparse takes no more of them; refuses all else."""
+    several = next((value for value in chosen.values() if isinstance(value, list)), None)
+    verbatim = False
     for argument in rest:
-        if isinstance(overrides, list) and not argument.startswith("-"):
-            overrides.append(argument)
+        if several is not None and (verbatim or not argument.startswith("-")):
+            several.append(argument)
             continue
-        known = ["--help", "--version", *(f"--{name.removeprefix('as_').replace('_', '-')}" for name in chosen)]
+        if several is not None and argument == "--":
+            verbatim = True
+            continue
+        known = ["--help", *(f"--{name.removeprefix('as_').replace('_', '-')}" for name in chosen)]
         near = difflib.get_close_matches(argument.split("=")[0], known, n=1)
         parser.error(f"{argument}: not known here{f'; did you mean {near[0]}?' if near else '; see --help'}")
 
@@ -134,9 +137,8 @@ def _run(verb: argparse.ArgumentParser) -> None:
 
 
 def _runs(verb: argparse.ArgumentParser) -> None:
-    where = Path(os.environ.get("FINLLM_RUNS", "runs"))
     verb.add_argument(
-        "--runs", type=Path, default=where, metavar="DIR", help="folder of all runs ($FINLLM_RUNS, or runs)"
+        "--runs", type=Path, default=usual_runs(), metavar="DIR", help="folder of all runs ($FINLLM_RUNS, or runs)"
     )
 
 
@@ -145,7 +147,10 @@ def _detach(verb: argparse.ArgumentParser) -> None:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
     if not 0 <= seconds < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no waiting time; write seconds from 0")
     return seconds

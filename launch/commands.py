@@ -8,12 +8,13 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
+from finllm import embedded
 from finllm.errors import RunError
 from finllm.plan import Plan
 from finllm.recipe import Recipe
 from finllm.run import Progress, Run, State, find
 from launch import BACKENDS, planning, shipped, tables
-from launch.show import Tail
+from launch.show import Tail, called
 from launch.supervisor import STAGES, Stage
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -48,7 +49,9 @@ def evaluate(*, run: str, runs: Path) -> int:
     """Score a trained run (again)."""
     found = find(run, runs)
     if "train" in Plan.of(found).commands and not found.adapter.is_dir():
-        raise RunError(f"{found.name} has no trained weights yet; `finllm resume {found.name}` trains and evaluates it")
+        raise RunError(
+            f"{found.name} has no trained weights yet; `finllm resume {called(found)}` trains and evaluates it"
+        )
     return _start(found, detach=False, stages=["evaluate"])
 
 
@@ -59,7 +62,7 @@ def _start(run: Run, *, detach: bool, stages: Sequence[Stage] = STAGES) -> int:
     if state.status == "running":
         print(f"{run.name} runs without this terminal (process {state.pid})")
         print(
-            f"  follow   finllm logs {run.name} -f\n  look     finllm status {run.name}\n  end      finllm cancel {run.name}"
+            f"  follow   finllm logs {called(run)} -f\n  look     finllm status {called(run)}\n  end      finllm cancel {called(run)}"
         )
         return DONE
     return _say_the_end(run, state)
@@ -75,7 +78,7 @@ def _say_the_end(run: Run, state: State) -> int:
         return FAILED
     kept = run.complete_checkpoints()
     print(f"\n{run.name} is {state.status}; {f'newest checkpoint {kept[-1].name}' if kept else 'no checkpoint yet'}")
-    print(f"  go on    finllm resume {run.name}")
+    print(f"  go on    finllm resume {called(run)}")
     return INTERRUPTED
 
 
@@ -87,7 +90,7 @@ def _say_the_failure(run: Run, state: State) -> None:
     print("", *said[-LAST_LINES:], "", f"{run.name} failed in {state.stage}: {state.error}", sep="\n", file=sys.stderr)
     print(f"  log      {run.log}", file=sys.stderr)
     print(
-        f"  go on    finllm resume {run.name}, from "
+        f"  go on    finllm resume {called(run)}, from "
         + (kept[-1].name if kept and state.stage == "train" else f"the beginning of {state.stage}"),
         file=sys.stderr,
     )
@@ -182,8 +185,8 @@ def predict(*, run: str, texts: list[str], runs: Path, file: Path | None, as_jso
     """The sentiment of texts, one line each."""
     if texts and file:
         raise RunError("texts and --file are both given; keep one")
-    source = runs / run if (runs / run).is_dir() else run
     lines = iter(texts) if texts else _lines(file)
+    source = _source(run, runs)
     from finllm import SentimentPredictor
 
     predictor = SentimentPredictor(source)
@@ -195,6 +198,13 @@ def predict(*, run: str, texts: list[str], runs: Path, file: Path | None, as_jso
             else:
                 print(f"{answer['sentiment']}\t{answer['confidence']:.3f}\t{' '.join(text.split())}", flush=True)
     return DONE
+
+
+def _source(run: str, runs: Path) -> str | Path:
+    """What the name stands for: a run first, then a folder, a model of the hub, the embedded model."""
+    # A misspelt run is not looked for on the hub, which takes a minute where there is no network.
+    is_other = Path(run).exists() or "/" in run or run == embedded.NAME
+    return run if is_other and not (runs / run).is_dir() else find(run, runs).folder
 
 
 def _lines(file: Path | None) -> Iterator[str]:

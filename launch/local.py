@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from finllm.errors import RunError
 from finllm.run import Run, State, write_text
 from launch import tether
-from launch.show import view
+from launch.show import called, view
 from launch.supervisor import STAGES, Stage, mark, now, stop_seconds, supervise
 
 START_SECONDS = 30.0
@@ -28,7 +28,10 @@ def start(run: Run, *, detach: bool, stages: Sequence[Stage] = STAGES) -> State:
     before = State.of(run)
     if before is not None and alive(run, before):
         where = f"on {before.host}, process {before.pid}" if before.pid else "as processes without a supervisor"
-        raise RunError(f"{run.name} is alive ({where}); `finllm logs {run.name} -f` shows it, `finllm cancel` ends it")
+        raise RunError(
+            f"{run.name} is alive ({where}); `finllm logs {called(run)} -f` shows it, "
+            f"`finllm cancel {called(run)}` ends it"
+        )
     return _detach(run, stages) if detach else supervise(run, view(), stages)
 
 
@@ -55,7 +58,7 @@ def cancel(run: Run, state: State, wait: float) -> State:
     if state.host not in ("", socket.gethostname()):
         raise RunError(
             f"{run.name} runs on {state.host}, this is {socket.gethostname()}: it has been asked to save and stop; "
-            f"to end it by force, use `finllm cancel {run.name}` there"
+            f"to end it by force, use `finllm cancel {called(run)}` there"
         )
     began = time.monotonic()
     while True:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bars
 
-from finllm.run import Progress
+from finllm.run import Progress, Run
 
 PLAIN_EVERY_SECONDS = 30.0
 """Between two lines of progress where the output is no terminal."""
@@ -191,3 +191,13 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def called(run: Run) -> str:
+    """What to call a run on the command line: its name, or its folder where it is not among the usual runs."""
+    return run.name if run.folder.parent == usual_runs().absolute() else str(run.folder)
+
+
+def usual_runs() -> Path:
+    """Where runs are unless somebody says otherwise: $FINLLM_RUNS, or `runs`."""
+    return Path(os.environ.get("FINLLM_RUNS", "runs"))

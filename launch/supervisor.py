@@ -19,7 +19,7 @@ from finllm.errors import RunError
 from finllm.plan import Plan
 from finllm.run import Progress, Run, State, Status, write_text
 from launch import tether
-from launch.show import Silent, Tail, View
+from launch.show import Silent, Tail, View, called
 
 Stage = Literal["train", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -77,8 +77,7 @@ class _Supervisor:
         self._killed_by = ""
 
     def attend(self, stages: Sequence[Stage]) -> State:
-        for stale in (self._run.stop_request, self._run.progress):
-            stale.unlink(missing_ok=True)
+        self._run.stop_request.unlink(missing_ok=True)
         again = self._before.status != "created" and "train" in stages
         self._change(
             status="running", attempt=self._before.attempt + again, backend="local", host=socket.gethostname(),
@@ -102,6 +101,7 @@ class _Supervisor:
 
     def _work(self, stage: Stage) -> int:
         """Run one stage; returns its exit status, 128 + N where signal N ended it."""
+        self._run.progress.unlink(missing_ok=True)  # of the stage before, or of the attempt before
         self._change(stage=stage)
         self._say(f"attempt {self._state.attempt}, {stage}, {now()}")
         with self._run.log.open("ab") as log:
@@ -224,7 +224,7 @@ def _alone(run: Run) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RunError(f"{run.name} is being run already; see `finllm status {run.name}`") from error
+            raise RunError(f"{run.name} is being run already; see `finllm status {called(run)}`") from error
         yield
 
 

@@ -17,24 +17,29 @@ from finllm.plan import Plan
 from finllm.recipe import Recipe, load
 from finllm.run import Progress, Run, State
 from launch import BACKENDS, shipped
-from launch.show import clock
+from launch.show import called, clock
 
-NARROWEST = 100
+WIDEST = 10_000
 """Columns of a table that goes to a file or a pipe."""
 
 
 def show(table: Table) -> None:
-    """Print a table, as wide as the terminal, or wide enough where there is none."""
+    """Print a table, as wide as the terminal, or as wide as it is where there is none."""
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(NARROWEST, console.measure(table).maximum))
-    console.print(table)
+    if console.is_terminal:
+        console.print(table)
+        return
+    wide = Console(width=Console(width=WIDEST).measure(table).maximum)
+    with wide.capture() as printed:
+        wide.print(table)
+    print(*(line.rstrip() for line in printed.get().splitlines()), sep="\n")
 
 
 def _table(*columns: str) -> Table:
+    """An empty table; where the terminal is narrow, all columns but the first fold."""
     table = Table(box=None, pad_edge=False, header_style="bold", highlight=False)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == columns[0])
     return table
 
 
@@ -178,8 +183,12 @@ def runs(standings: Sequence[Standing]) -> Table:
 def remarks(standings: Sequence[Standing]) -> list[str]:
     """What to know, and to do, about runs that have not ended well."""
     say = {
-        "failed": "{name} failed: {error}\n  `finllm logs {name}` says more; `finllm resume {name}` tries again",
-        "lost": "{name} is lost: its supervisor was killed, or the machine restarted\n  `finllm resume {name}` goes on",
-        "stopped": "{name} is stopped; `finllm resume {name}` goes on",
+        "failed": "{name} failed: {error}\n  `finllm logs {call}` says more; `finllm resume {call}` tries again",
+        "lost": "{name} is lost: its supervisor was killed, or the machine restarted\n  `finllm resume {call}` goes on",
+        "stopped": "{name} is stopped; `finllm resume {call}` goes on",
     }
-    return [say[run.status].format(name=run.name, error=run.error) for run in standings if run.status in say]
+    return [
+        say[run.status].format(name=run.name, error=run.error, call=called(Run(Path(run.folder))))
+        for run in standings
+        if run.status in say
+    ]

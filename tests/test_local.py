@@ -217,7 +217,7 @@ def test_a_signal_saves_stops_and_leaves_nothing_behind(make: Make, number: sign
     launched.send_signal(number)
     output, errors = launched.communicate(timeout=20)
     assert (launched.returncode, errors) == (130, "")
-    assert "finllm resume small" in output
+    assert f"finllm resume {run.folder}" in output
     assert (state(run).status, state(run).stage) == ("stopped", "train")
     assert len(run.complete_checkpoints()) == 1
     assert not tether.members(mark(run))
@@ -407,7 +407,7 @@ def test_a_detached_run_is_followed_and_cancelled_from_elsewhere(make: Make) -> 
     answer = finllm("resume", "small", "--detach", *where)
     assert time.monotonic() - began < 4  # about 1 s on an idle machine
     assert answer.returncode == 0
-    assert "finllm logs small -f" in answer.stdout
+    assert f"finllm logs {run.folder} -f" in answer.stdout
     assert os.getsid(state(run).pid) == state(run).pid
 
     until(said(run, "step 2"))
@@ -458,7 +458,7 @@ def test_a_killed_supervisor_takes_its_run_with_it(make: Make) -> None:
     assert local.lost(state(run))
     answer = finllm("status", "--runs", str(run.folder.parent))
     assert "lost" in answer.stdout
-    assert "`finllm resume small` goes on" in answer.stdout
+    assert f"`finllm resume {run.folder}` goes on" in answer.stdout
     resumed = begin(run)
     until(said(run, "attempt 2"))
     resumed.send_signal(signal.SIGINT)
