@@ -74,10 +74,12 @@ def score(
     """
     if not prompts:
         return np.zeros((0, len(answers)))
-    shared = _shared_length(prompts)
-    if not _shares(model, max(map(len, prompts)) + max(map(len, answers))):
-        shared = 0
     tree = trie(answers)
+    shared = _shared_length(prompts)
+    if not _sees_all(model, max(map(len, prompts)) + max(map(len, answers))):
+        if tree.tokens:
+            return _token_by_token(model, prompts, answers, batch_tokens, steps)
+        shared = 0
     result = np.zeros((len(prompts), len(answers)))
     with torch.inference_mode():
         prefix = _prefix(model, prompts[0][:shared]) if shared else []
@@ -106,8 +108,30 @@ def _shared_length(prompts: Sequence[list[int]]) -> int:
     return length
 
 
-def _shares(model: Any, longest: int) -> bool:
-    """Whether a cached prefix is exact: no layer may look back less far than the longest prompt."""
+def _token_by_token(
+    model: Any, prompts: Sequence[list[int]], answers: Sequence[tuple[int, ...]], batch_tokens: int, steps: Steps | None
+) -> NDArray[np.float64]:
+    """Scores without a tree of labels: each token of a label costs a pass over the prompts."""
+    nexts: dict[tuple[int, ...], list[int]] = {}
+    for answer in answers:
+        for length, token in enumerate(answer):
+            nexts.setdefault(answer[:length], []).append(token)
+    log_p = {
+        start: score(
+            model,
+            [[*p, *start] for p in prompts],
+            [(token,) for token in tokens],
+            batch_tokens=batch_tokens,
+            steps=None if start else steps,
+        )
+        for start, tokens in nexts.items()
+    }
+    steps_of = [[(answer[:k], nexts[answer[:k]].index(token)) for k, token in enumerate(answer)] for answer in answers]
+    return np.stack([sum(log_p[start][:, column] for start, column in path) for path in steps_of], axis=1)
+
+
+def _sees_all(model: Any, longest: int) -> bool:
+    """Whether every layer looks back as far as the longest prompt: a cached prefix and a tree of labels need that."""
     config = _base(model).config.get_text_config()
     window = getattr(config, "sliding_window", None)
     return window is None or window >= longest
