@@ -15,7 +15,7 @@ class Steps:
 
     def __init__(self, stage: str, total: int, unit: str, run: Run | None) -> None:
         self._run, self._stage, self._total, self._unit = run, stage, total, unit
-        self._done = 0
+        self._done = self._first = 0
         self._loss: float | None = None
         self._began = self._written = time.monotonic()
         self._bar = None
@@ -23,6 +23,11 @@ class Steps:
             from tqdm import tqdm
 
             self._bar = tqdm(total=total or None, desc=stage, unit=unit, file=sys.stderr, leave=False)
+
+    def begin_at(self, done: int) -> None:
+        """So many steps were done before this stage began, by an earlier attempt: they say nothing about the pace."""
+        self.at(done)
+        self._first, self._began = done, time.monotonic()
 
     def add(self, count: int = 1, loss: float | None = None) -> None:
         """So many more steps are done."""
@@ -41,7 +46,10 @@ class Steps:
         self._written = time.monotonic()
         seconds = round(self._written - self._began, 2)
         if self._run is not None:
-            Progress(self._stage, self._done, self._total, self._unit, seconds, self._loss).save(self._run)
+            Progress(
+                stage=self._stage, done=self._done, first=self._first, total=self._total, unit=self._unit,
+                seconds=seconds, loss=self._loss,
+            ).save(self._run)  # fmt: skip
 
     def close(self) -> None:
         """The stage has ended."""

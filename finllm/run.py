@@ -21,6 +21,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """What the run is called."""
         return self.folder.name
 
     @property
@@ -30,10 +31,12 @@ class Run:
 
     @property
     def plan(self) -> Path:
+        """What was decided before the run began."""
         return self.folder / "plan.json"
 
     @property
     def accelerate(self) -> Path:
+        """Accelerate's configuration file."""
         return self.folder / "accelerate.yaml"
 
     @property
@@ -53,14 +56,17 @@ class Run:
 
     @property
     def log(self) -> Path:
+        """What all processes have said, over all attempts."""
         return self.folder / "log.txt"
 
     @property
     def metrics(self) -> Path:
+        """Every figure that W&B gets, one JSON object a line."""
         return self.folder / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
+        """Where the trainer saves; see `complete_checkpoints`."""
         return self.folder / "checkpoints"
 
     @property
@@ -70,14 +76,17 @@ class Run:
 
     @property
     def predictions(self) -> Path:
+        """One file for each data set."""
         return self.folder / "predictions"
 
     @property
     def scores(self) -> Path:
+        """What the report is made from."""
         return self.folder / "scores.json"
 
     @property
     def report(self) -> Path:
+        """The comparison, in Markdown."""
         return self.folder / "report.md"
 
     def complete_checkpoints(self) -> list[Path]:
@@ -162,9 +171,11 @@ class State:
     """Last line of what went wrong."""
 
     def with_(self, **changes: Any) -> Self:
+        """The state after these changes."""
         return replace(self, **changes)
 
     def save(self, run: Run) -> None:
+        """Write it into the run folder, whole or not at all."""
         write_json(run.state, asdict(self))
 
     @classmethod
@@ -186,6 +197,8 @@ class Progress:
     seconds: float = 0.0
     """Since this stage began."""
     loss: float | None = None
+    first: int = 0
+    """Steps that an earlier attempt has done; `seconds` does not count them."""
     error: str = ""
     """What went wrong, with its traceback, where the work failed."""
     outcome: Literal["", "done", "stopped", "failed"] = ""
@@ -194,11 +207,12 @@ class Progress:
     @property
     def seconds_left(self) -> float | None:
         """By the pace so far; None before there is one."""
-        if not (self.done and self.total):
+        if self.done <= self.first or not self.total:
             return None
-        return self.seconds / self.done * max(self.total - self.done, 0)
+        return self.seconds / (self.done - self.first) * max(self.total - self.done, 0)
 
     def save(self, run: Run) -> None:
+        """Write it into the run folder, whole or not at all."""
         write_json(run.progress, asdict(self))
 
     @classmethod

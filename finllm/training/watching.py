@@ -69,7 +69,7 @@ class Watcher(TrainerCallback):  # type: ignore[misc]  # Transformers ships no t
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._last = (time.monotonic(), 0, 0)
-        self._steps.at(state.global_step)
+        self._steps.begin_at(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         self._losses.check(state.global_step, more["optimizer"].param_groups[0]["lr"])
