@@ -298,6 +298,38 @@ def test_nothing_lives_on_when_the_tether_is_killed(make: Make) -> None:
     assert not tether.members(mark(run))
 
 
+def test_the_tether_ends_what_a_command_leaves_behind(make: Make) -> None:
+    """Without a supervisor's help."""
+    run = make()
+    leave = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {'import time; time.sleep(600)'!r}])"
+    with run.log.open("ab") as log:
+        child = tether.start([sys.executable, "-c", leave], mark(run), 5, log, os.environ)
+    assert child.stdin is not None
+    with child.stdin:
+        assert child.wait(timeout=20) == 0
+    assert not tether.members(mark(run))
+
+
+@pytest.mark.slow
+def test_no_worker_of_a_real_accelerate_launch_lives_on(make: Make) -> None:
+    """Two workers that hang, under torchrun, each in a session of its own."""
+    run = make(train=STUBBORN, evaluate=EVALUATE)
+    plan = Plan.of(run).model_copy(update={"processes": 2})
+    script = plan.commands["train"][1]
+    launcher = ("-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(run.accelerate))
+    command = (sys.executable, *launcher, script, str(run.folder))
+    plan.model_copy(update={"commands": {"train": command}}).save(run)
+    launched = begin(run)
+    until(lambda: run.log.exists() and run.log.read_text().count("will not stop") == 4, seconds=60)
+    assert len({os.getsid(pid) for pid in tether.members(mark(run))}) > 2
+    for _ in range(3):
+        launched.send_signal(signal.SIGINT)
+        time.sleep(0.7)
+    launched.communicate(timeout=30)
+    assert state(run).status == "stopped"
+    assert not tether.members(mark(run))
+
+
 def test_a_failure_is_shown_and_kept(make: Make) -> None:
     """Exit 1, the cause and the way on; the next stage is not begun; the cause is not the launcher's complaint."""
     failing = """
