@@ -53,6 +53,8 @@ class Plan(Spec):
     gradient_checkpointing: bool
     dequantize: bool
     """Hold 4-bit weights in `dtype`: the same values, dequantised once instead of in every pass."""
+    shared_prefix: bool
+    """Compute what all prompts begin with once for a micro-batch, where the model can."""
     rows: Rows | None
     """None where counting the rows would need a download."""
     steps: int | None
@@ -117,6 +119,7 @@ def decide(
         accumulation=accumulation,
         gradient_checkpointing=_checkpointing(recipe, gpus, reasons),
         dequantize=_dequantize(recipe, gpus, reasons),
+        shared_prefix=_shared_prefix(recipe, micro_batch, reasons),
         rows=rows,
         steps=_steps(recipe, rows),
         reasons=tuple(reasons),
@@ -186,6 +189,14 @@ def _dequantize(recipe: Recipe, gpus: int, reasons: list[str]) -> bool:
         return False
     reasons.append("4-bit weights dequantised once: the CPU would do it in every pass")
     return True
+
+
+def _shared_prefix(recipe: Recipe, micro_batch: int, reasons: list[str]) -> bool:
+    if recipe.train is None or recipe.train.shared_prefix != "auto":
+        return recipe.train is not None and recipe.train.shared_prefix == "on"
+    why = recipe.prefix_not_shared_because or ("a micro-batch of 1 has nothing to share" if micro_batch == 1 else None)
+    reasons.append(f"shared prefix {f'off: {why}' if why else 'on: what all prompts begin with is computed once'}")
+    return why is None
 
 
 def _steps(recipe: Recipe, rows: Rows | None) -> int | None:

@@ -92,6 +92,8 @@ class Training(Spec):
     """adamw keeps its state on the device; the paged ones of bitsandbytes move it to host memory (GPU only)."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Compute activations again in the backward pass: slower, much less memory. auto: where memory needs it."""
+    shared_prefix: Literal["auto", "on", "off"] = "auto"
+    """Compute the tokens that all prompts begin with once for a micro-batch; auto: wherever that is exact."""
     seed: int = Field(default=42, ge=0)
     """Order of the examples, initial adapters, dropout."""
     evals_per_epoch: int = Field(default=1, ge=1)
@@ -191,10 +193,21 @@ class Recipe(Spec):
                 f"model.quantization is {self.model.quantization} but lora is null: quantised weights cannot be "
                 "trained. Set model.quantization to none, or give lora a rank"
             )
+        if self.train is not None and self.train.shared_prefix == "on" and (why := self.prefix_not_shared_because):
+            raise ValueError(f"train.shared_prefix is on, but {why}; write auto, or change that")
         names = [spec.title for spec in self.data]
         if len(set(names)) < len(names):
             raise ValueError(f"data names the same set twice ({', '.join(names)}); give each its own `alias`")
         return self
+
+    @property
+    def prefix_not_shared_because(self) -> str | None:
+        """What in the recipe keeps rows from sharing the computation of their common tokens, or None."""
+        if self.lora is not None and self.lora.dropout > 0:
+            return f"lora.dropout is {self.lora.dropout:g}: a shared token would drop the same for all rows"
+        if self.model.attention != "sdpa":
+            return f"model.attention is {self.model.attention}: only sdpa has a counterpart"
+        return None
 
 
 def load(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:

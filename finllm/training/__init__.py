@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from finllm import data, metrics, models, scoring, tracking
+from finllm import data, metrics, models, scoring, shared_prefix, tracking
 from finllm.data import Parts
 from finllm.errors import RunError
 from finllm.example import LABELS
@@ -16,9 +16,9 @@ from finllm.progress import steps
 from finllm.prompts import Prompter
 from finllm.recipe import Training
 from finllm.run import Run
-from finllm.training import sft
+from finllm.training import sft, sharing
 from finllm.training.arguments import arguments
-from finllm.training.batches import encode
+from finllm.training.batches import encode, pad
 from finllm.training.stopping import StopRequests
 from finllm.training.watching import LossWatch, OnValidation, Watcher, memory_gib
 
@@ -46,6 +46,8 @@ def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: in
     tracker = tracking.start(run, plan, "train", main=rank == 0)
     total = plan.steps or _steps(parts, recipe.train)
     losses = LossWatch(parts.train)
+    rows = encode(parts.train, prompter)
+    stream = sharing.collate(model, rows, plan, is_main=rank == 0)
     with steps("training", total, "step", run if rank == 0 else None) as counter:
         watcher = Watcher(
             losses=losses, steps=counter, stop=stop, tracker=tracker, is_main=rank == 0, processes=plan.processes
@@ -54,12 +56,14 @@ def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: in
             model=model,
             processing_class=loaded.tokenizer,
             args=arguments(run, plan, total, validates=bool(parts.validation)),
-            rows=encode(parts.train, prompter),
+            rows=rows,
+            collate=stream or pad,
             losses=losses,
             validation=_validation(model, parts, prompter, plan) if parts.validation else None,
             callbacks=_callbacks(recipe.train, watcher, validates=bool(parts.validation)),
         )
-        _run(trainer, run, tracker)
+        with shared_prefix.attending(model, streams=stream is not None):
+            _run(trainer, run, tracker)
     if watcher.stopped_by is None:
         _save(trainer, loaded.tokenizer, run, plan)
     tracker.finish()
@@ -100,7 +104,10 @@ def _validation(model: Any, parts: Parts, prompter: Prompter, plan: Plan) -> OnV
 
     def validate() -> dict[str, float]:
         rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        mine = scoring.score(model, prompts[rank::processes], answers, batch_tokens=plan.recipe.evaluation.batch_tokens)
+        with shared_prefix.attending(model, streams=False):
+            mine = scoring.score(
+                model, prompts[rank::processes], answers, batch_tokens=plan.recipe.evaluation.batch_tokens
+            )
         rows = np.zeros((len(prompts), len(LABELS)))
         for other, part in enumerate(_gather(mine, processes)):
             rows[other::processes] = part

@@ -12,9 +12,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from finllm.example import Example
 from finllm.prompts import Prompter
+from finllm.shared_prefix import IGNORED, layout
 
-IGNORED = -100
-"""Label of a position that has no part in the loss."""
 NO_ROW = -1
 """Fills the last step of an epoch, so that every process makes as many passes."""
 
@@ -110,6 +109,20 @@ def pad(rows: Sequence[Row | None]) -> dict[str, Any]:
         mask[i, :end] = 1
         labels[i, len(row.prompt) : end] = torch.tensor(row.answer)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "meta": _meta(real)}
+
+
+def stream(rows: Sequence[Row | None], *, multiple: int = 1) -> dict[str, Any]:
+    """The same rows as one stream, in which what all prompts begin with stands once; `meta` is that of `pad`.
+
+    `input_ids`, `position_ids`, `labels`: (1, tokens); tokens are a `multiple`.
+    """
+    real = [row for row in rows if row is not None]
+    if not real:
+        batch = layout([[0, 0]], [[0]], multiple=multiple)
+        batch["labels"].fill_(IGNORED)
+    else:
+        batch = layout([row.prompt for row in real], [row.answer for row in real], multiple=multiple)
+    return {**batch, "meta": _meta(real)}
 
 
 def _meta(rows: Sequence[Row]) -> dict[str, Any]:

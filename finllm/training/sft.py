@@ -1,26 +1,37 @@
 """Supervised fine-tuning: TRL's trainer with our batches, loss on answer tokens only, and validation by the scorer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from finllm.training.batches import EpochLoader, GlobalBatches, Row, Rows, pad
+from finllm.training.batches import EpochLoader, GlobalBatches, Row, Rows
 from finllm.training.watching import LossWatch, OnValidation
+
+Collate = Callable[[Sequence[Row | None]], dict[str, Any]]
+"""Makes a batch of rows: batches.pad, or batches.stream."""
 
 
 class Sft(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
     """TRL's SFTTrainer, less its host synchronisations, with an order of examples that any machine repeats."""
 
-    def __init__(self, *, rows: Sequence[Row], losses: LossWatch, validation: OnValidation | None, **trl: Any) -> None:
-        self._rows, self._losses, self._validation = rows, losses, validation
+    def __init__(
+        self,
+        *,
+        rows: Sequence[Row],
+        collate: Collate,
+        losses: LossWatch,
+        validation: OnValidation | None,
+        **trl: Any,
+    ) -> None:
+        self._rows, self._collate, self._losses, self._validation = rows, collate, losses, validation
         lengths = {"input_ids": [[0]] * len(rows), "labels": [[0]] * len(rows)}  # TRL counts these; ours are loaded
         super().__init__(
             train_dataset=Dataset.from_dict(lengths),
             eval_dataset=Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}) if validation else None,
-            data_collator=pad,
+            data_collator=collate,
             **trl,
         )
         for parameter in self.model.parameters():
@@ -37,7 +48,7 @@ class Sft(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
             processes=self.accelerator.num_processes,
             seed=self.args.seed,
         )
-        return EpochLoader(Rows(self._rows), batch_sampler=sampler, collate_fn=pad)
+        return EpochLoader(Rows(self._rows), batch_sampler=sampler, collate_fn=self._collate)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -1,0 +1,85 @@
+"""Whether rows may share their common tokens on a model: asked of the model itself, once, before training."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from finllm import shared_prefix
+from finllm.errors import RunError
+from finllm.plan import Plan
+from finllm.shared_prefix import IGNORED
+from finllm.training.batches import Row, pad, stream
+
+SHORTEST = 8
+"""Tokens; to share fewer is not worth a stream."""
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.05}
+"""Relative difference of hidden states; SmolLM2 has 8e-7 and 0.014, and 0.12 to 0.34 with a wrong mask or position."""
+MULTIPLE = {"cpu": 1, "cuda": 64}
+"""Tokens of a stream are a multiple of this: on a GPU, few lengths serve its memory and its kernels."""
+
+
+def collate(
+    model: Any, rows: Sequence[Row], plan: Plan, *, is_main: bool
+) -> Callable[[Sequence[Row | None]], dict[str, Any]] | None:
+    """Makes streams of rows, or None where padded rows are right; raises RunError if the recipe forbids those."""
+    if not plan.shared_prefix:
+        return None
+    why = unsupported(model, rows, plan.dtype)
+    if why is None:
+        return partial(stream, multiple=MULTIPLE[plan.device])
+    assert plan.recipe.train is not None, plan.name
+    if plan.recipe.train.shared_prefix == "on":
+        raise RunError(f"train.shared_prefix is on, but {why}; write auto")
+    if is_main:
+        print(f"shared prefix off: {why}", flush=True)
+    return None
+
+
+def unsupported(model: Any, rows: Sequence[Row], dtype: str) -> str | None:
+    """Why these rows cannot share their common tokens on this model, or None."""
+    shared = shared_prefix.shared_length([row.prompt for row in rows])
+    if shared < SHORTEST:
+        return f"the prompts have only {shared} tokens in common at their beginning, and {SHORTEST} are needed"
+    try:
+        error = difference(model, rows[:2], dtype)
+    except (RunError, TypeError, ValueError) as problem:
+        return str(problem)
+    if not error <= TOLERANCE[dtype]:
+        return f"the model computes something else on a stream than on separate rows (relative difference {error:.1e})"
+    return None
+
+
+def difference(model: Any, rows: Sequence[Row], dtype: str) -> float:
+    """Relative difference of the hidden states that predict answers, between a stream and padded rows.
+
+    The model is as in training, so that dropout anywhere shows.
+    """
+    training = model.training
+    model.train()
+    try:
+        with torch.no_grad():
+            separate = _predicting(model, pad(rows), dtype)
+            with shared_prefix.attending(model):
+                together = _predicting(model, stream(rows), dtype)
+    finally:
+        model.train(training)
+    return float((together - separate).norm() / separate.norm())
+
+
+def _predicting(model: Any, batch: dict[str, Any], dtype: str) -> torch.Tensor:
+    """Hidden states (answer tokens, size) from which the answers' tokens are predicted."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    device = base.device
+    predicting = (batch["labels"][:, 1:] != IGNORED).to(device)
+    inputs = {name: _moved(value, device) for name, value in batch.items() if name not in {"labels", "meta"}}
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16"):
+        hidden: torch.Tensor = base.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    return hidden[:, :-1][predicting].float()
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {name: _moved(inner, device) for name, inner in value.items()}
+    return value.to(device) if isinstance(value, torch.Tensor) else value
