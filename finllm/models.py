@@ -28,6 +28,7 @@ class Card(Spec):
     commit: str = ""
 
     def save(self, folder: Path) -> None:
+        """Write the card beside the weights."""
         write_json(folder / CARD, self.model_dump(mode="json"))
 
     @classmethod
@@ -63,7 +64,7 @@ def load(spec: Model, *, dtype: Literal["bf16", "fp32"], device: str, dequantize
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _quiet_libraries()
+    quiet_libraries()
     place = str(embedded.folder()) if spec.name == embedded.NAME else spec.name
     kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     try:
@@ -112,15 +113,17 @@ def _listing(spec: Model) -> str:
     return ", ".join(sorted(path.name for path in Path(spec.name).iterdir())[:8]) or "nothing"
 
 
-def _quiet_libraries() -> None:
-    """Silence what libraries print on loading and a user can do nothing about."""
+def quiet_libraries() -> None:
+    """Silence what libraries say of themselves and a user can do nothing about; call it before they are imported."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its faster CPU kernels come from the hub, or not
+    # Transformers 5.23 renamed gradient checkpointing; 5.17 does not know the new name.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated", category=FutureWarning)
+    # bitsandbytes tells of a cast that LLM.int8() makes on purpose, once a layer.
+    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast", category=UserWarning)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its CPU kernels are optional, and it says so each time
-    # bitsandbytes 0.50.2 tells of a cast that QLoRA makes on purpose, once a layer.
-    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast", category=UserWarning)
 
 
 def with_adapter(model: Any, lora: Lora, seed: int) -> Any:

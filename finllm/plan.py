@@ -1,6 +1,7 @@
 """The plan: what will happen, decided from recipe and machine before anything starts. Imports no torch."""
 
 import importlib.metadata
+import math
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -12,7 +13,7 @@ from pydantic import ConfigDict, Field
 from finllm import machine
 from finllm.errors import RecipeError
 from finllm.machine import Machine
-from finllm.recipe import FOUR_BIT, Recipe
+from finllm.recipe import FOUR_BIT, Recipe, Training
 from finllm.run import Run, read_json, write_json, write_text
 from finllm.yamlfile import Spec
 
@@ -121,7 +122,7 @@ def decide(
         dequantize=_dequantize(recipe, gpus, reasons),
         shared_prefix=_shared_prefix(recipe, micro_batch, reasons),
         rows=rows,
-        steps=_steps(recipe, rows),
+        steps=steps_of(recipe.train, rows.train) if recipe.train and rows else None,
         reasons=tuple(reasons),
         commands=_commands(recipe, folder),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -199,14 +200,15 @@ def _shared_prefix(recipe: Recipe, micro_batch: int, reasons: list[str]) -> bool
     return why is None
 
 
-def _steps(recipe: Recipe, rows: Rows | None) -> int | None:
-    """Optimizer steps; an incomplete last batch of an epoch counts as one, as in Transformers."""
-    if recipe.train is None or rows is None:
-        return None
-    if recipe.train.max_steps is not None:
-        return recipe.train.max_steps
-    each = -(-rows.train // recipe.train.global_batch)
-    return max(1, -(-int(each * recipe.train.epochs * 1000) // 1000))
+def steps_of(train: Training, rows: int) -> int:
+    """Optimizer steps of a run over `rows` examples; an incomplete last batch of an epoch counts as one."""
+    whole = max(1, math.ceil(steps_per_epoch(train, rows) * train.epochs))
+    return whole if train.max_steps is None else min(whole, train.max_steps)
+
+
+def steps_per_epoch(train: Training, rows: int) -> int:
+    """Optimizer steps of one pass over `rows` examples."""
+    return -(-rows // train.global_batch)
 
 
 def _commands(recipe: Recipe, folder: Path) -> dict[str, tuple[str, ...]]:

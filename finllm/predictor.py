@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict, overload
+from typing import Any, Literal, TypedDict, overload
 
 import numpy as np
 
@@ -40,15 +40,18 @@ class SentimentPredictor:
         folder = _weights(Path(source))
         base, prompt = _base_and_prompt(str(source), folder)
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = "bf16" if place.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
-        loaded = models.load(base, dtype=dtype if base.dtype == "auto" else base.dtype, device=place)
+        has_bf16 = place.startswith("cuda") and torch.cuda.is_bf16_supported()
+        dtype: Literal["bf16", "fp32"] = (
+            "bf16" if base.dtype == "bf16" or (base.dtype == "auto" and has_bf16) else "fp32"
+        )
+        loaded = models.load(base, dtype=dtype, device=place, dequantize=place == "cpu")
         adapted = folder is not None and models.is_adapter(folder)
         self.model: Any = models.attach(loaded.model, folder) if folder is not None and adapted else loaded.model
         self.prompter = Prompter(loaded.tokenizer, prompt)
         self.batch_tokens = batch_tokens
 
     @overload
-    def predict(self, texts: str, target: str | None = None) -> Prediction: ...
+    def predict(self, texts: str, target: str | None = None) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is a sequence of str
     @overload
     def predict(self, texts: Sequence[str], target: str | None = None) -> list[Prediction]: ...
 

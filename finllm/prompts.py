@@ -1,4 +1,4 @@
-"""How an example is shown to a model, and how its answer is read: one module for training, evaluation and prediction.
+r"""How an example is shown to a model, and how its answer is read: one module for training, evaluation and prediction.
 
     plain   INSTRUCTION \n\n Text: TEXT \n [Target: TARGET \n] Sentiment:| label end-of-sequence
     chat    the tokenizer's chat template around the same words; the label is the assistant's turn
@@ -63,6 +63,8 @@ class Prompter:
 
     def render(self, texts: Sequence[str], targets: Sequence[str | None] | None = None) -> list[Rendered]:
         """Prompts as token ids; a text too long for `max_tokens` is cut at its end, the label still fits."""
+        if not texts:
+            return []
         about = targets or [None] * len(texts)
         room = self.spec.max_tokens - self.longest_answer
         limit = self.spec.max_tokens * LONGEST_TOKEN
@@ -102,7 +104,9 @@ class Prompter:
             keep -= len(ids) - room
         ids = self._encode([self.string("", target)])[0]
         if len(ids) > room:
-            raise RunError(f"a target of {len(target or '')} characters leaves no room in prompt.max_tokens; shorten it")
+            raise RunError(
+                f"a target of {len(target or '')} characters leaves no room in prompt.max_tokens; shorten it"
+            )
         return ids
 
     def _plain(self, text: str) -> str:

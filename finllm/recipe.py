@@ -77,7 +77,7 @@ class Training(Spec):
 
     epochs: float = Field(default=3, gt=0)
     max_steps: int | None = Field(default=None, ge=1)
-    """Stop after so many optimizer steps; null is `epochs` whole."""
+    """Stop after so many optimizer steps although epochs are left; null is never."""
     global_batch: int = Field(default=16, ge=1)
     """Examples in one optimizer step, over all GPUs; micro-batch and accumulation follow from it."""
     micro_batch: int | Literal["auto"] = "auto"
@@ -112,8 +112,6 @@ class Training(Spec):
                 f"global_batch is {self.global_batch}, which micro_batch {self.micro_batch} does not divide; "
                 f"try global_batch {-(-self.global_batch // self.micro_batch) * self.micro_batch}"
             )
-        if self.max_steps is not None and "epochs" in self.model_fields_set:
-            raise ValueError("max_steps and epochs are both set and contradict each other; keep one")
         return self
 
 

@@ -196,8 +196,7 @@ def _score_batch(
                 attention_mask=mask,
                 past_key_values=cache if prefix else None,
                 use_cache=bool(prefix),
-            )
-            .last_hidden_state  # (rows, longest + branch, hidden)
+            ).last_hidden_state  # (rows, longest + branch, hidden)
         )
         wanted = torch.cat([(lengths - 1)[:, None], longest + torch.arange(branch).expand(rows, -1)], dim=1)
         wanted = wanted.to(base.device)

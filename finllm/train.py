@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finllm import data, machine
+from finllm import data, machine, models
 from finllm.errors import DataError, FinllmError, RecipeError, RunError
 from finllm.plan import Plan, Rows, decide
 from finllm.recipe import load
@@ -25,6 +25,7 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         print("usage: accelerate launch -m finllm.train RUN|RECIPE [key=value ...]", file=sys.stderr)
         return 2
+    models.quiet_libraries()
     processes = _processes()
     is_main = processes.is_main_process
     run: Run | None = None
@@ -44,15 +45,12 @@ def main(arguments: list[str]) -> int:
 
 
 def _processes() -> Any:
-    """Accelerate's state of this process and its siblings; refuses siblings that do not know each other."""
+    """Accelerate's state of this process and its siblings."""
     import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != state.num_processes:
-        raise SystemExit(f"{started} processes were started, but each would train alone; give Accelerate use_cpu: true")
-    return state
+    # Without cpu=True, processes on a machine without a GPU would not know each other, and each train alone.
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def _prepare(given: Path, overrides: tuple[str, ...], processes: Any) -> tuple[Run, Plan]:
@@ -134,7 +132,7 @@ def _say_the_end(run: Run, stopped_by: str | None) -> None:
     replace(now, outcome="stopped").save(run)
     kept = run.complete_checkpoints()
     where = kept[-1] if kept else "before the first step"
-    print(f"stopped by {stopped_by}; kept {where}\ncontinue: finllm resume {run.name}", flush=True)
+    print(f"stopped by {stopped_by}; kept {where}\ncontinue: finllm resume {run.folder}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,23 @@
 """Fixtures that more than one test file needs."""
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from finllm.run import Run
+
 ROOT = Path(__file__).resolve().parents[1]
+RECIPE = """
+model: {model}
+data: {{name: table, path: {data}, split: split}}
+lora: {{rank: 4, alpha: 8}}
+train: {{method: sft, epochs: 2, global_batch: 8, micro_batch: 4, learning_rate: 1e-2, shared_prefix: "off"}}
+tracking: {{wandb: disabled}}
+"""
+WORDS = {"negative": "Losses", "neutral": "Meetings", "positive": "Profits"}
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +65,41 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def recipe(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven batches of eight that a tiny model can learn, one of them not full."""
+    from finllm.data.sample import Sample
+
+    folder = tmp_path_factory.mktemp("recipe")
+    rows = []
+    for i, example in enumerate(Sample(name="sample", kind="plain").read()[:64]):
+        label = list(WORDS)[i % 3]
+        text = f"{WORDS[label]} today. {example.text}"
+        rows.append({"text": text, "label": label, "split": "train" if i < 52 else "valid" if i < 58 else "test"})
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = folder / "tiny.yaml"
+    path.write_text(RECIPE.format(model=tiny_model, data=data))
+    return path
+
+
+@pytest.fixture(scope="session")
+def train() -> Callable[..., Run]:
+    """Trains a recipe in this process, in a new run folder of `runs`."""
+    import signal
+
+    from finllm import train as command
+
+    def run(recipe: Path, runs: Path, *overrides: str) -> Run:
+        before, command.RUNS = command.RUNS, runs
+        try:
+            assert command.main([str(recipe), *overrides]) == 0
+        finally:
+            command.RUNS = before
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+                signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+        return Run(max(runs.iterdir(), key=lambda path: path.stat().st_mtime))
+
+    return run

@@ -70,9 +70,10 @@ def test_the_global_batch_is_made_up_exactly(
         (["train.epochs=3", "train.global_batch=16"], 97, 21),
         (["train.epochs=0.5", "train.global_batch=16"], 97, 4),
         (["train.epochs=0.01", "train.global_batch=16"], 16, 1),
-        (["train.max_steps=5"], 97, 5),
+        (["train.max_steps=5"], 970, 5),
+        (["train.epochs=1", "train.max_steps=500"], 96, 6),
     ],
-    ids=["whole", "an incomplete batch counts", "half an epoch", "at least one", "given"],
+    ids=["whole", "an incomplete batch counts", "half an epoch", "at least one", "capped", "cap out of reach"],
 )
 def test_steps_are_counted(tmp_path: Path, overrides: list[str], rows: int, steps: int) -> None:
     """As Transformers does: the last batch of each epoch may be smaller."""

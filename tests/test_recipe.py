@@ -100,7 +100,6 @@ def test_a_wrong_training_key_is_refused(tmp_path: Path, change: str, said: str)
         (["lora.targets=[]"], "targets is empty; name at least one module"),
         (["train.micro_batch=3"], "global_batch is 8, which micro_batch 3 does not divide; try global_batch 9"),
         (["train.micro_batch=0"], "micro_batch is 0; write auto, or a number from 1"),
-        (["train.epochs=1", "train.max_steps=5"], "max_steps and epochs are both set"),
         (["data=[sample, sample]"], "data names the same set twice (sample, sample); give each its own `alias`"),
         (["resources.gpus=-1"], "gpus is -1; write auto, or a number from 0"),
         (["data=[]"], "data is []; it needs at least 1 item(s)"),

@@ -384,7 +384,7 @@ def test_training_falls_back_or_refuses_as_the_recipe_says(tmp_path: Path, capsy
     assert streams(rows(4))["input_ids"].shape[0] == 1
 
 
-class KeepGradients(hf.TrainerCallback):
+class KeepGradients(hf.TrainerCallback):  # type: ignore[misc]  # Transformers ships no types for its callbacks
     """Keeps the gradients of the first optimizer step, accumulated and over all processes."""
 
     def __init__(self) -> None:

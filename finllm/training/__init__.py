@@ -11,7 +11,7 @@ from finllm.data import Parts
 from finllm.errors import RunError
 from finllm.example import LABELS
 from finllm.models import Card
-from finllm.plan import Plan
+from finllm.plan import Plan, steps_of
 from finllm.progress import steps
 from finllm.prompts import Prompter
 from finllm.recipe import Training
@@ -44,7 +44,7 @@ def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: in
     model = models.with_adapter(loaded.model, recipe.lora, recipe.train.seed) if recipe.lora else loaded.model
     prompter = Prompter(loaded.tokenizer, recipe.prompt)
     tracker = tracking.start(run, plan, "train", main=rank == 0)
-    total = plan.steps or _steps(parts, recipe.train)
+    total = steps_of(recipe.train, len(parts.train))
     losses = LossWatch(parts.train)
     rows = encode(parts.train, prompter)
     stream = sharing.collate(model, rows, plan, is_main=rank == 0)
@@ -55,7 +55,7 @@ def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: in
         trainer = METHODS[recipe.train.method].Sft(
             model=model,
             processing_class=loaded.tokenizer,
-            args=arguments(run, plan, total, validates=bool(parts.validation)),
+            args=arguments(run, plan, len(parts.train), validates=bool(parts.validation)),
             rows=rows,
             collate=stream or pad,
             losses=losses,
@@ -72,8 +72,11 @@ def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: in
 
 def _run(trainer: Any, run: Run, tracker: tracking.Tracker) -> None:
     """All steps that are left, from the newest complete checkpoint."""
+    from transformers import PrinterCallback
+
     done = run.complete_checkpoints()
     began = time.monotonic()
+    trainer.remove_callback(PrinterCallback)  # the watcher says it better
     trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
     figures = {"train/seconds": time.monotonic() - began, "train/memory_gib": memory_gib()}
     if trainer.state.best_metric is not None:
@@ -84,11 +87,6 @@ def _run(trainer: Any, run: Run, tracker: tracking.Tracker) -> None:
 def _weights_dtype(plan: Plan) -> Any:
     """Weights that are trained are fp32, whatever the arithmetic; frozen ones are as the plan says."""
     return plan.dtype if plan.recipe.lora else "fp32"
-
-
-def _steps(parts: Parts, spec: Training) -> int:
-    each = -(-len(parts.train) // spec.global_batch)
-    return spec.max_steps or max(1, int(np.ceil(each * spec.epochs)))
 
 
 def _counts(parts: Parts) -> str:

@@ -2,7 +2,7 @@
 
 from trl import SFTConfig
 
-from finllm.plan import Plan
+from finllm.plan import Plan, steps_of, steps_per_epoch
 from finllm.run import Run
 
 OPTIMIZERS = {
@@ -14,11 +14,12 @@ OPTIMIZERS = {
 }
 
 
-def arguments(run: Run, plan: Plan, total: int, *, validates: bool) -> SFTConfig:
-    """Arguments for `total` optimizer steps; everything that a recipe says has its place here."""
+def arguments(run: Run, plan: Plan, rows: int, *, validates: bool) -> SFTConfig:
+    """Arguments for training on `rows` examples; everything that a recipe says has its place here."""
     spec = plan.recipe.train
     assert spec is not None, plan.name
-    every = max(1, round(total / max(spec.epochs, 1) / spec.evals_per_epoch)) if spec.max_steps is None else total
+    total = steps_of(spec, rows)
+    every = max(1, min(total, round(steps_per_epoch(spec, rows) / spec.evals_per_epoch)))
     return SFTConfig(
         output_dir=str(run.checkpoints),
         max_steps=total,

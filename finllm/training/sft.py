@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from finllm.training.batches import EpochLoader, GlobalBatches, Row, Rows
 from finllm.training.watching import LossWatch, OnValidation
@@ -59,7 +59,11 @@ class Sft(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)  # TRL's: the head on answer positions only
         loss: torch.Tensor = -outputs.log_probs.sum() / num_items_in_batch
         self._losses.add(loss, meta)
-        return loss * self.accelerator.num_processes  # DDP averages over processes; the count is of all of them
+        whole: torch.Tensor = loss * self.accelerator.num_processes  # DDP averages over processes; the count is of all
+        return whole
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """No card beside the checkpoints: TRL's knows nothing of data and results."""
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validation by label scoring: the figures that choose the best checkpoint."""
@@ -68,9 +72,6 @@ class Sft(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
         self.model.eval()
         metrics = {f"eval_{name}": value for name, value in self._validation().items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.model.train(training)
         return metrics
-
-
-Config = SFTConfig

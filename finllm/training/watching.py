@@ -26,6 +26,10 @@ def memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+SAY_SECONDS = 5.0
+"""Between two lines of training loss in the log; metrics.jsonl has them all."""
+
+
 class LossWatch:
     """Keeps the losses of one step, and which examples they came from, until they are seen to be finite."""
 
@@ -65,13 +69,16 @@ class Watcher(TrainerCallback):  # type: ignore[misc]  # Transformers ships no t
         self._losses, self._steps, self._stop, self._tracker = losses, steps, stop, tracker
         self._is_main, self._processes = is_main, processes
         self._last = (time.monotonic(), 0, 0)
+        self._said = float("-inf")
         self.stopped_by: str | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """The first step, or the first after a resume."""
         self._last = (time.monotonic(), 0, 0)
         self._steps.begin_at(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Weights have changed: look at the loss, and whether to stop."""
         self._losses.check(state.global_step, more["optimizer"].param_groups[0]["lr"])
         self._steps.at(state.global_step)
         if state.global_step >= state.max_steps:
@@ -81,17 +88,33 @@ class Watcher(TrainerCallback):  # type: ignore[misc]  # Transformers ships no t
             self.stopped_by = reason
             control.should_save = control.should_training_stop = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
+        """Figures of a step or of a validation."""
         numbers = {_key(name): float(value) for name, value in logs.items() if isinstance(value, int | float)}
         if "loss" in logs:
             numbers |= self._pace()
             self._steps.at(state.global_step, logs["loss"])
         self._tracker.log(state.global_step, **numbers)
+        self._say(state, numbers)
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """The parts of a checkpoint are written."""
         _barrier()  # every process has written its part
         if self._is_main:
             write_text(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE, f"{state.global_step}\n")
+
+    def _say(self, state: Any, numbers: dict[str, float]) -> None:
+        """A line for the log: each validation, and the training loss every few seconds."""
+        if not self._is_main:
+            return
+        head = f"step {state.global_step}/{state.max_steps}"
+        if "validation/loss" in numbers:
+            figures = (f"{name} {numbers[f'validation/{name}']:.4f}" for name in ("loss", "accuracy", "macro_f1"))
+            print(f"{head}: validation {', '.join(figures)}", flush=True)
+        elif "train/loss" in numbers and time.monotonic() - self._said > SAY_SECONDS:
+            self._said = time.monotonic()
+            pace = numbers["train/examples_per_s"]
+            print(f"{head}: loss {numbers['train/loss']:.4f}, {pace:.1f} examples/s", flush=True)
 
     def _pace(self) -> dict[str, float]:
         """Throughput since the last log, over all processes, and peak memory of this one."""
