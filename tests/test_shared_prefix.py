@@ -154,13 +154,19 @@ def test_a_fault_would_be_seen(fault: str) -> None:
     with attending(made):
         _, right = gradients(made, batch)
         if fault == "rows see each other":
-            batch["shared_prefix"] = places(0, [batch["input_ids"].shape[1]], 0)
+            batch = seeing_each_other(rows(6))
         elif fault == "positions go on":
             batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
         else:
             made.config.sliding_window = 4096
         _, wrong = gradients(made, batch)
     assert errors(wrong, right)["all"] > 1000 * WITHIN[torch.float32]
+
+
+def seeing_each_other(given: Sequence[Row | None]) -> dict[str, Any]:
+    """A stream with a wrong mask: each token attends to all before it."""
+    batch = stream(given)
+    return {**batch, "shared_prefix": places(0, [batch["input_ids"].shape[1]], 0)}
 
 
 def test_a_stream_holds_the_instruction_once_and_no_end_of_sequence() -> None:
@@ -521,6 +527,15 @@ def test_a_whole_run_ends_in_the_weights_of_trls_own_trainer(tiny_model: Path, t
     assert losses == pytest.approx(expected_losses, rel=1e-5)
     assert max(errors(found, weights(made)).values()) <= 1e-5
     assert errors(start, weights(made))["all"] > 1e-3
+
+
+def test_a_run_with_a_wrong_mask_ends_elsewhere(tiny_model: Path, tmp_path: Path) -> None:
+    """The two comparisons above can fail: with rows that see each other, gradients and weights are far off."""
+    sizes: dict[str, Any] = {"per_device_train_batch_size": 8, "max_grad_norm": 1e9}
+    right = trained(tiny_model, tmp_path / "right", stream, 32, **sizes)
+    wrong = trained(tiny_model, tmp_path / "wrong", seeing_each_other, 32, **sizes)
+    assert errors(wrong[0], right[0])["all"] > 1000 * 5e-6
+    assert errors(wrong[1], right[1])["all"] > 100 * 1e-5
 
 
 @pytest.mark.slow
