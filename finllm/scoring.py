@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from finllm.progress import Steps
+from finllm.shared_prefix import shared_length
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def score(
     if not prompts:
         return np.zeros((0, len(answers)))
     tree = trie(answers)
-    shared = _shared_length(prompts)
+    shared = shared_length(prompts)
     if not _sees_all(model, max(map(len, prompts)) + max(map(len, answers))):
         if tree.tokens:
             return _token_by_token(model, prompts, answers, batch_tokens, steps)
@@ -96,16 +97,6 @@ def probabilities(log_probabilities: NDArray[np.float64]) -> NDArray[np.float64]
     shifted = np.exp(log_probabilities - log_probabilities.max(axis=1, keepdims=True))
     normalised: NDArray[np.float64] = shifted / shifted.sum(axis=1, keepdims=True)
     return normalised
-
-
-def _shared_length(prompts: Sequence[list[int]]) -> int:
-    """How many tokens all prompts begin with; each keeps at least one token of its own."""
-    first, last = min(prompts), max(prompts)  # the extremes in dictionary order share the least
-    limit = min(map(len, prompts)) - 1
-    length = 0
-    while length < limit and first[length] == last[length]:
-        length += 1
-    return length
 
 
 def _token_by_token(
