@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
+export OMP_WAIT_POLICY ?= PASSIVE  # threads that wait must not take the core that the others need
 STAMP  := $(VENV)/.complete
 
 .PHONY: demo test check format install clean

@@ -1,6 +1,7 @@
 """What each verb of the command does; every function returns the exit status."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from finllm.recipe import Recipe
 from finllm.run import Progress, Run, State, find
 from launch import BACKENDS, planning, shipped, tables
 from launch.show import Tail, called
-from launch.supervisor import STAGES, Stage
+from launch.supervisor import STAGES, WAITING, Stage
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 """Exit statuses; 130 is what shells give for Ctrl-C."""
@@ -187,6 +188,7 @@ def predict(*, run: str, texts: list[str], runs: Path, file: Path | None, as_jso
         raise RunError("texts and --file are both given; keep one")
     lines = iter(texts) if texts else _lines(file)
     source = _source(run, runs)
+    os.environ.setdefault("OMP_WAIT_POLICY", WAITING)  # read when torch is imported
     from finllm import SentimentPredictor
 
     predictor = SentimentPredictor(source)

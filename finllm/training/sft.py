@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from trl import SFTTrainer
 
+from finllm.shared_prefix import IGNORED
 from finllm.training.batches import EpochLoader, GlobalBatches, Row, Rows
 from finllm.training.watching import LossWatch, OnValidation
 
@@ -56,8 +57,7 @@ class Sft(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
         """Mean cross-entropy of the answer tokens of the whole optimizer step, over all processes."""
         assert not return_outputs, "validation goes through the scorer, which needs no outputs of this"
         meta = inputs.pop("meta")
-        outputs = model(**inputs, use_cache=False, fused_lm_head=True)  # TRL's: the head on answer positions only
-        loss: torch.Tensor = -outputs.log_probs.sum() / num_items_in_batch
+        loss = _sum_of_losses(model, inputs) / num_items_in_batch
         self._losses.add(loss, meta)
         whole: torch.Tensor = loss * self.accelerator.num_processes  # DDP averages over processes; the count is of all
         return whole
@@ -75,3 +75,15 @@ class Sft(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.model.train(training)
         return metrics
+
+
+def _sum_of_losses(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """Cross-entropy in nats, summed over the answer tokens of a batch; the head runs on the rows that predict them."""
+    labels = inputs["labels"]
+    if labels.device.type == "cpu" and len(labels) == 1:  # TRL's fused head leaves rows out on a GPU only
+        predicting = (labels[0, 1:] != IGNORED).nonzero().squeeze(1)
+        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        logits = model(**rest, use_cache=False, logits_to_keep=predicting).logits[0]  # (answer tokens, vocabulary)
+        return torch.nn.functional.cross_entropy(logits.float(), labels[0, predicting + 1], reduction="sum")
+    total: torch.Tensor = -model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum()
+    return total
