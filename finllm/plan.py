@@ -10,17 +10,18 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from finllm import machine
+from finllm import choices, machine
 from finllm.errors import RecipeError
 from finllm.machine import Machine
-from finllm.recipe import FOUR_BIT, Recipe, Training
+from finllm.recipe import Recipe, Training
 from finllm.run import Run, read_json, write_json, write_text
 from finllm.yamlfile import Spec
 
 PACKAGES = (
     "finllm", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "scikit-learn", "wandb",
 )  # fmt: skip
-LARGEST_MICRO_BATCH = 16
+LARGEST_MICRO_BATCH = {False: 16, True: 64}
+"""Examples; the hand-written passes (True) keep less of each."""
 
 
 class Rows(Spec):
@@ -56,6 +57,8 @@ class Plan(Spec):
     """Hold 4-bit weights in `dtype`: the same values, dequantised once instead of in every pass."""
     shared_prefix: bool
     """Compute what all prompts begin with once for a micro-batch, where the model can."""
+    hand_written: bool
+    """Use our own forward and backward passes (finllm.fast), where they know the model's layers."""
     rows: Rows | None
     """None where counting the rows would need a download."""
     steps: int | None
@@ -106,7 +109,8 @@ def decide(
     reasons: list[str] = []
     dtype = _dtype(recipe, here, gpus, reasons)
     _refuse(recipe, gpus)
-    micro_batch, accumulation = _batches(recipe, count, reasons)
+    hand_written = choices.hand_written(recipe, here, gpus, count, dtype, reasons)
+    micro_batch, accumulation = _batches(recipe, count, reasons, LARGEST_MICRO_BATCH[hand_written])
     return Plan(
         name=folder.name,
         recipe=recipe,
@@ -118,9 +122,10 @@ def decide(
         dtype=dtype,
         micro_batch=micro_batch,
         accumulation=accumulation,
-        gradient_checkpointing=_checkpointing(recipe, gpus, reasons),
-        dequantize=_dequantize(recipe, gpus, reasons),
-        shared_prefix=_shared_prefix(recipe, micro_batch, reasons),
+        gradient_checkpointing=choices.checkpointing(recipe, gpus, reasons),
+        dequantize=choices.dequantize(recipe, gpus, reasons),
+        shared_prefix=choices.shared_prefix(recipe, micro_batch, reasons),
+        hand_written=hand_written,
         rows=rows,
         steps=steps_of(recipe.train, rows.train) if recipe.train and rows else None,
         reasons=tuple(reasons),
@@ -152,7 +157,7 @@ def _refuse(recipe: Recipe, gpus: int) -> None:
         raise RecipeError("model.attention is flash_attention_2, which needs a GPU; write sdpa")
 
 
-def _batches(recipe: Recipe, processes: int, reasons: list[str]) -> tuple[int, int]:
+def _batches(recipe: Recipe, processes: int, reasons: list[str], largest: int) -> tuple[int, int]:
     """Micro-batch and accumulation that make up the global batch."""
     if recipe.train is None:
         return 1, 1
@@ -164,8 +169,8 @@ def _batches(recipe: Recipe, processes: int, reasons: list[str]) -> tuple[int, i
         )
     each = whole // processes
     if asked == "auto":
-        micro = max(size for size in range(1, min(each, LARGEST_MICRO_BATCH) + 1) if each % size == 0)
-        reasons.append(f"micro-batch {micro}: the largest divisor of {each} up to {LARGEST_MICRO_BATCH}")
+        micro = max(size for size in range(1, min(each, largest) + 1) if each % size == 0)
+        reasons.append(f"micro-batch {micro}: the largest divisor of {each} up to {largest}")
         return micro, each // micro
     if each % asked:
         raise RecipeError(
@@ -173,31 +178,6 @@ def _batches(recipe: Recipe, processes: int, reasons: list[str]) -> tuple[int, i
             f"{processes * asked} does not divide; try {-(-whole // (processes * asked)) * processes * asked}"
         )
     return asked, each // asked
-
-
-def _checkpointing(recipe: Recipe, gpus: int, reasons: list[str]) -> bool:
-    if recipe.train is None:
-        return False
-    if recipe.train.gradient_checkpointing != "auto":
-        return recipe.train.gradient_checkpointing
-    chosen = bool(gpus) and recipe.model.quantization != "none"
-    reasons.append(f"gradient checkpointing {'on: quantised model on a GPU' if chosen else 'off'}")
-    return chosen
-
-
-def _dequantize(recipe: Recipe, gpus: int, reasons: list[str]) -> bool:
-    if gpus or recipe.model.quantization not in FOUR_BIT:
-        return False
-    reasons.append("4-bit weights dequantised once: the CPU would do it in every pass")
-    return True
-
-
-def _shared_prefix(recipe: Recipe, micro_batch: int, reasons: list[str]) -> bool:
-    if recipe.train is None or recipe.train.shared_prefix != "auto":
-        return recipe.train is not None and recipe.train.shared_prefix == "on"
-    why = recipe.prefix_not_shared_because or ("a micro-batch of 1 has nothing to share" if micro_batch == 1 else None)
-    reasons.append(f"shared prefix {f'off: {why}' if why else 'on: what all prompts begin with is computed once'}")
-    return why is None
 
 
 def steps_of(train: Training, rows: int) -> int:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from finllm.fast.engine import Engine
+from finllm.fast.support import unsupported
 from finllm.progress import Steps
 from finllm.shared_prefix import shared_length
 
@@ -68,18 +70,28 @@ def score(
     *,
     batch_tokens: int,
     steps: Steps | None = None,
+    engine: Engine | None = None,
 ) -> NDArray[np.float64]:
     """Log-probabilities, (prompts, answers) in nats, of each whole answer after each prompt.
 
-    The result does not depend on `batch_tokens`, the most tokens in one pass, beyond rounding.
+    The result does not depend on `batch_tokens`, the most tokens in one pass, beyond rounding. An `engine` of the
+    model is used, or made where there is a GPU for it.
     """
     if not prompts:
         return np.zeros((0, len(answers)))
     tree = trie(answers)
+    engine = engine or _engine(model)
+    if engine is not None and _sees_all(model, max(map(len, prompts)) + max(map(len, answers))):
+        if tree.tokens:
+            return _token_by_token(model, prompts, answers, batch_tokens, steps, engine)
+        tokens = [token for (token,) in answers]
+        return engine.log_probabilities(
+            prompts, tokens, batch_tokens=batch_tokens, adapted=_adapted(model), steps=steps
+        )
     shared = shared_length(prompts)
     if not _sees_all(model, max(map(len, prompts)) + max(map(len, answers))):
         if tree.tokens:
-            return _token_by_token(model, prompts, answers, batch_tokens, steps)
+            return _token_by_token(model, prompts, answers, batch_tokens, steps, None)
         shared = 0
     result = np.zeros((len(prompts), len(answers)))
     with torch.inference_mode():
@@ -99,8 +111,24 @@ def probabilities(log_probabilities: NDArray[np.float64]) -> NDArray[np.float64]
     return normalised
 
 
+def _engine(model: Any) -> Engine | None:
+    """The hand-written passes, where there is a GPU and they know the model's layers."""
+    on_gpu = _base(model).device.type == "cuda"
+    return Engine(model) if on_gpu and unsupported(model) is None else None
+
+
+def _adapted(model: Any) -> bool:
+    """Whether a LoRA adapter is there and takes part."""
+    return not any(getattr(module, "disable_adapters", None) is True for module in model.modules())
+
+
 def _token_by_token(
-    model: Any, prompts: Sequence[list[int]], answers: Sequence[tuple[int, ...]], batch_tokens: int, steps: Steps | None
+    model: Any,
+    prompts: Sequence[list[int]],
+    answers: Sequence[tuple[int, ...]],
+    batch_tokens: int,
+    steps: Steps | None,
+    engine: Engine | None,
 ) -> NDArray[np.float64]:
     """Scores without a tree of labels: each token of a label costs a pass over the prompts."""
     nexts: dict[tuple[int, ...], list[int]] = {}
@@ -114,6 +142,7 @@ def _token_by_token(
             [(token,) for token in tokens],
             batch_tokens=batch_tokens,
             steps=None if start else steps,
+            engine=engine,
         )
         for start, tokens in nexts.items()
     }

@@ -1,6 +1,8 @@
 """Training: the table of contents of a run, shared by all methods."""
 
 import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,15 +12,16 @@ from finllm import data, metrics, models, scoring, shared_prefix, tracking
 from finllm.data import Parts
 from finllm.errors import RunError
 from finllm.example import LABELS
+from finllm.fast.engine import Engine
 from finllm.models import Card
 from finllm.plan import Plan, steps_of
 from finllm.progress import steps
 from finllm.prompts import Prompter
 from finllm.recipe import Training
 from finllm.run import Run
-from finllm.training import sft, sharing
+from finllm.training import handwritten, sft, sharing
 from finllm.training.arguments import arguments
-from finllm.training.batches import encode, pad
+from finllm.training.batches import Row, encode, pad
 from finllm.training.stopping import StopRequests
 from finllm.training.watching import LossWatch, OnValidation, Watcher, memory_gib
 
@@ -47,7 +50,8 @@ def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: in
     total = steps_of(recipe.train, len(parts.train))
     losses = LossWatch(parts.train)
     rows = encode(parts.train, prompter)
-    stream = sharing.collate(model, rows, plan, is_main=rank == 0)
+    engine = handwritten.engine(model, rows, plan, is_main=rank == 0)
+    collate = _collate(model, rows, plan, engine, is_main=rank == 0)
     with steps("training", total, "step", run if rank == 0 else None) as counter:
         watcher = Watcher(
             losses=losses, steps=counter, stop=stop, tracker=tracker, is_main=rank == 0, processes=plan.processes
@@ -55,19 +59,28 @@ def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: in
         trainer = METHODS[recipe.train.method].Sft(
             model=model,
             processing_class=loaded.tokenizer,
-            args=arguments(run, plan, len(parts.train), validates=bool(parts.validation)),
+            args=arguments(run, plan, len(parts.train), validates=bool(parts.validation), engine=engine is not None),
             rows=rows,
-            collate=stream or pad,
+            collate=collate or pad,
+            engine=engine,
             losses=losses,
-            validation=_validation(model, parts, prompter, plan) if parts.validation else None,
+            validation=_validation(model, parts, prompter, plan, engine) if parts.validation else None,
             callbacks=_callbacks(recipe.train, watcher, validates=bool(parts.validation)),
         )
-        with shared_prefix.attending(model, streams=stream is not None):
+        with shared_prefix.attending(model, streams=collate is not None and engine is None):
             _run(trainer, run, tracker)
     if watcher.stopped_by is None:
         _save(trainer, loaded.tokenizer, run, plan)
     tracker.finish()
     return watcher.stopped_by
+
+
+def _collate(model: Any, rows: Sequence[Row], plan: Plan, engine: Engine | None, *, is_main: bool) -> Any:
+    """Makes batches as the passes of this run need them; None is padded rows."""
+    if engine is None:
+        return sharing.collate(model, rows, plan, is_main=is_main)
+    shared = shared_prefix.shared_length([row.prompt for row in rows])
+    return partial(handwritten.packed, shared=shared, device=plan.device)
 
 
 def _run(trainer: Any, run: Run, tracker: tracking.Tracker) -> None:
@@ -93,7 +106,7 @@ def _counts(parts: Parts) -> str:
     return f"{len(parts.train)} training, {len(parts.validation)} validation, {len(parts.test)} test examples"
 
 
-def _validation(model: Any, parts: Parts, prompter: Prompter, plan: Plan) -> OnValidation:
+def _validation(model: Any, parts: Parts, prompter: Prompter, plan: Plan, engine: Engine | None) -> OnValidation:
     """A function that scores the validation part, its rows spread over the processes."""
     examples = parts.validation
     prompts = [p.ids for p in prompter.render([e.text for e in examples], [e.target for e in examples])]
@@ -104,7 +117,11 @@ def _validation(model: Any, parts: Parts, prompter: Prompter, plan: Plan) -> OnV
         rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         with shared_prefix.attending(model, streams=False):
             mine = scoring.score(
-                model, prompts[rank::processes], answers, batch_tokens=plan.recipe.evaluation.batch_tokens
+                model,
+                prompts[rank::processes],
+                answers,
+                batch_tokens=plan.recipe.evaluation.batch_tokens,
+                engine=engine,
             )
         rows = np.zeros((len(prompts), len(LABELS)))
         for other, part in enumerate(_gather(mine, processes)):

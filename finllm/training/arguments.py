@@ -14,11 +14,15 @@ OPTIMIZERS = {
 }
 
 
-def arguments(run: Run, plan: Plan, rows: int, *, validates: bool) -> SFTConfig:
-    """Arguments for training on `rows` examples; everything that a recipe says has its place here."""
+def arguments(run: Run, plan: Plan, rows: int, *, validates: bool, engine: bool) -> SFTConfig:
+    """Arguments for training on `rows` examples; everything that a recipe says has its place here.
+
+    With an engine, checkpointing is its own affair.
+    """
     spec = plan.recipe.train
     assert spec is not None, plan.name
     total = steps_of(spec, rows)
+    checkpointing = plan.gradient_checkpointing and not engine
     every = max(1, min(total, round(steps_per_epoch(spec, rows) / spec.evals_per_epoch)))
     return SFTConfig(
         output_dir=str(run.checkpoints),
@@ -36,8 +40,8 @@ def arguments(run: Run, plan: Plan, rows: int, *, validates: bool) -> SFTConfig:
         use_cpu=plan.device == "cpu",
         ddp_backend="gloo" if plan.device == "cpu" and plan.processes > 1 else None,
         ddp_find_unused_parameters=False if plan.processes > 1 else None,
-        gradient_checkpointing=plan.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if plan.gradient_checkpointing else None,
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         eval_strategy="steps" if validates else "no",
         eval_steps=every,
         save_strategy="steps",
@@ -47,7 +51,7 @@ def arguments(run: Run, plan: Plan, rows: int, *, validates: bool) -> SFTConfig:
         metric_for_best_model="eval_loss" if validates else None,
         greater_is_better=False if validates else None,
         logging_strategy="steps",
-        logging_steps=1,
+        logging_steps=1 if plan.device == "cpu" else max(1, min(10, total // 30)),  # to log is to wait for the GPU
         logging_nan_inf_filter=False,  # a broken loss must be seen
         disable_tqdm=True,
         report_to=[],

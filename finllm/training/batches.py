@@ -98,7 +98,7 @@ def pad(rows: Sequence[Row | None]) -> dict[str, Any]:
     if not real:  # a pass without examples still takes part in the backward pass, with a loss of 0
         ids = torch.zeros(1, 2, dtype=torch.long)
         labels = torch.full((1, 2), IGNORED)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "meta": _meta([])}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "meta": meta([])}
     longest = max(len(row.prompt) + len(row.answer) for row in real)
     ids = torch.zeros(len(real), longest, dtype=torch.long)
     mask = torch.zeros(len(real), longest, dtype=torch.long)
@@ -108,7 +108,7 @@ def pad(rows: Sequence[Row | None]) -> dict[str, Any]:
         ids[i, :end] = torch.tensor(row.prompt + row.answer)
         mask[i, :end] = 1
         labels[i, len(row.prompt) : end] = torch.tensor(row.answer)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "meta": _meta(real)}
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "meta": meta(real)}
 
 
 def stream(rows: Sequence[Row | None], *, multiple: int = 1) -> dict[str, Any]:
@@ -122,8 +122,9 @@ def stream(rows: Sequence[Row | None], *, multiple: int = 1) -> dict[str, Any]:
         batch["labels"].fill_(IGNORED)
     else:
         batch = layout([row.prompt for row in real], [row.answer for row in real], multiple=multiple)
-    return {**batch, "meta": _meta(real)}
+    return {**batch, "meta": meta(real)}
 
 
-def _meta(rows: Sequence[Row]) -> dict[str, Any]:
+def meta(rows: Sequence[Row]) -> dict[str, Any]:
+    """Which rows a batch holds, and how many tokens are theirs."""
     return {"rows": [row.index for row in rows], "tokens": sum(len(r.prompt) + len(r.answer) for r in rows)}

@@ -1,12 +1,14 @@
 """Supervised fine-tuning: TRL's trainer with our batches, loss on answer tokens only, and validation by the scorer."""
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from datasets import Dataset
 from trl import SFTTrainer
 
+from finllm.fast.engine import Engine
 from finllm.shared_prefix import IGNORED
 from finllm.training.batches import EpochLoader, GlobalBatches, Row, Rows
 from finllm.training.watching import LossWatch, OnValidation
@@ -25,9 +27,12 @@ class Sft(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
         collate: Collate,
         losses: LossWatch,
         validation: OnValidation | None,
+        engine: Engine | None = None,
         **trl: Any,
     ) -> None:
+        """With an engine, its hand-written passes take the place of the model's own."""
         self._rows, self._collate, self._losses, self._validation = rows, collate, losses, validation
+        self._engine = engine
         lengths = {"input_ids": [[0]] * len(rows), "labels": [[0]] * len(rows)}  # TRL counts these; ours are loaded
         super().__init__(
             train_dataset=Dataset.from_dict(lengths),
@@ -50,6 +55,32 @@ class Sft(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
             seed=self.args.seed,
         )
         return EpochLoader(Rows(self._rows), batch_sampler=sampler, collate_fn=self._collate)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The batches of one optimizer step and their targets, counted without waiting for the GPU."""
+        if self._engine is None:
+            both: tuple[list[Any], Any] = super().get_batch_samples(epoch_iterator, num_batches, device)
+            return both
+        batches = list(islice(epoch_iterator, num_batches))
+        return batches, sum(batch["meta"]["targets"] for batch in batches)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward pass of one micro-batch; returns its share of the step's loss."""
+        if self._engine is None:
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss
+        if inputs["stream"] is None:  # the end of an epoch can leave a pass without examples
+            return torch.zeros((), device=self.args.device)
+        loss = self._engine.loss_and_gradients(inputs["stream"], 1 / num_items_in_batch)
+        self._losses.add(loss, inputs["meta"])
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        """All gradients are one tensor, if the engine made them."""
+        if self._engine is None:
+            norm: torch.Tensor = super()._clip_grad_norm(model)
+            return norm
+        return self._engine.clip(self.args.max_grad_norm)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -4,6 +4,7 @@ import resource
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ SAY_SECONDS = 5.0
 
 
 class LossWatch:
-    """Keeps the losses of one step, and which examples they came from, until they are seen to be finite."""
+    """Keeps the losses of each step, and which examples they came from, until they are seen to be finite."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self._examples = examples
-        self._passes: deque[tuple[torch.Tensor, list[int]]] = deque()
+        self._passes: list[tuple[torch.Tensor, list[int]]] = []
+        self._steps: deque[_Step] = deque()
         self.examples_done = 0
         self.tokens_done = 0
 
@@ -45,19 +47,56 @@ class LossWatch:
         self.examples_done += len(meta["rows"])
         self.tokens_done += meta["tokens"]
 
-    def check(self, step: int, learning_rate: float) -> None:
-        """Raise RunError if a loss of this step is not a finite number."""
-        passes, self._passes = self._passes, deque()
-        if not passes or bool(torch.isfinite(torch.stack([loss for loss, _ in passes])).all()):
+    def check(self, step: int, learning_rate: float, *, wait: bool = True) -> None:
+        """Raise RunError if a loss was not a finite number; without `wait`, that of this step may be told a step later.
+
+        What is on its way from a GPU takes until the GPU has done the step; to wait for it leaves the GPU idle.
+        """
+        if self._passes:
+            losses = torch.stack([loss for loss, _ in self._passes])
+            self._steps.append(_Step(step, learning_rate, [rows for _, rows in self._passes], *_on_its_way(losses)))
+            self._passes = []
+        late = 1 if self._steps and self._steps[-1].arrived is not None and not wait else 0
+        while len(self._steps) > late:
+            self._judge(self._steps.popleft())
+
+    def _judge(self, one: "_Step") -> None:
+        if one.arrived is not None:
+            one.arrived.synchronize()
+        finite = torch.isfinite(one.losses)
+        if bool(finite.all()):
             return
-        rows = [row for loss, rows in passes if not torch.isfinite(loss) for row in rows]
+        rows = [row for good, rows in zip(finite.tolist(), one.rows, strict=True) if not good for row in rows]
         named = ", ".join(self._examples[row].id for row in rows[:8]) + (", ..." if len(rows) > 8 else "")
         raise RunError(
-            f"the loss is not a finite number at step {step}, in the batch of {named}\n"
-            f"Likely causes: learning rate {learning_rate:.1e} is too high (try a tenth); a base model whose weights "
-            "hold NaN or overflow in this dtype (try model.dtype=fp32).\n"
+            f"the loss is not a finite number at step {one.step}, in the batch of {named}\n"
+            f"Likely causes: learning rate {one.learning_rate:.1e} is too high (try a tenth); a base model whose "
+            "weights hold NaN or overflow in this dtype (try model.dtype=fp32).\n"
             "What was saved before this step stands: `finllm resume` continues from there with the same settings."
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Losses of one step's passes."""
+
+    step: int
+    learning_rate: float
+    rows: list[list[int]]
+    losses: torch.Tensor
+    arrived: Any
+    """A CUDA event after which `losses` can be read, or None at once."""
+
+
+def _on_its_way(losses: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """The losses in the host's memory, and when they will be there."""
+    if not losses.is_cuda:
+        return losses, None
+    here = torch.empty_like(losses, device="cpu", pin_memory=True)
+    here.copy_(losses, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return here, event
 
 
 class Watcher(TrainerCallback):  # type: ignore[misc]  # Transformers ships no types for its callbacks
@@ -79,12 +118,16 @@ class Watcher(TrainerCallback):  # type: ignore[misc]  # Transformers ships no t
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Weights have changed: look at the loss, and whether to stop."""
-        self._losses.check(state.global_step, more["optimizer"].param_groups[0]["lr"])
+        saves = state.save_steps and state.global_step % state.save_steps == 0
+        last = state.global_step >= state.max_steps
+        rate = more["optimizer"].param_groups[0]["lr"]
+        self._losses.check(state.global_step, rate, wait=bool(saves or last))
         self._steps.at(state.global_step)
         if state.global_step >= state.max_steps:
             control.should_evaluate = args.eval_strategy != "no"
         reason = self._anyone(self._stop.reason)
         if reason is not None:
+            self._losses.check(state.global_step, rate)
             self.stopped_by = reason
             control.should_save = control.should_training_stop = True
 

@@ -1,0 +1,92 @@
+"""Runs the passes on a device without waiting for it: loss and gradients of streams, log-probabilities of answers."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from finllm.fast import passes
+from finllm.fast.streams import Stream, pack
+from finllm.fast.weights import Decoder
+from finllm.progress import Steps
+from finllm.shared_prefix import shared_length
+
+
+class Engine:
+    """The hand-written passes over one model."""
+
+    def __init__(self, model: Any, *, recompute: bool = False) -> None:
+        """Raises RunError where the model is of another shape; `recompute` keeps only the input of each layer."""
+        self.decoder = Decoder(model)
+        self.recompute = recompute
+
+    def loss_and_gradients(self, stream: Stream, share: float) -> Tensor:
+        """Sum of -log p of the targets times `share`, on the device; adds to the gradients of the LoRA factors."""
+        self.decoder.keep_adopted()
+        with torch.no_grad():
+            self.decoder.refresh()
+            loss = passes.loss_and_gradients(
+                self.decoder,
+                self._moved(stream),
+                torch.full((), share, device=self.decoder.device),
+                recompute=self.recompute,
+            )
+        self.decoder.give_gradients()
+        return loss
+
+    def clip(self, most: float) -> Tensor:
+        """Scale all gradients down to a norm of at most `most`; returns their norm before."""
+        gradients = self.decoder.master_gradients
+        norm: Tensor = gradients.norm()
+        gradients.mul_((most / (norm + 1e-6)).clamp(max=1.0))  # as torch.nn.utils.clip_grad_norm_
+        return norm
+
+    def _moved(self, stream: Stream) -> Stream:
+        return replace(stream, numbers=stream.numbers.to(self.decoder.device, non_blocking=True))
+
+    def log_probabilities(
+        self,
+        prompts: Sequence[list[int]],
+        tokens: Sequence[int],
+        *,
+        batch_tokens: int,
+        adapted: bool = True,
+        steps: Steps | None = None,
+    ) -> NDArray[np.float64]:
+        """Log-probabilities, (prompts, tokens) in nats, of each token after each prompt."""
+        self.decoder.keep_adopted()
+        shared = shared_length(prompts)
+        choices = torch.tensor(tokens, device=self.decoder.device)
+        found: list[Tensor] = []
+        with torch.inference_mode():
+            if adapted:
+                self.decoder.refresh()
+            for batch in _batches(prompts, shared, batch_tokens):
+                stream = self._moved(ready(pack(batch, [[0]] * len(batch), shared=shared, multiple=64)))
+                found.append(passes.log_probabilities(self.decoder, stream, choices, adapted=adapted))
+                if steps is not None:
+                    steps.add(len(batch))
+            rows: NDArray[np.float64] = torch.cat(found).double().cpu().numpy()  # the one copy to the host
+        return rows
+
+
+def _batches(prompts: Sequence[list[int]], shared: int, batch_tokens: int) -> list[list[list[int]]]:
+    """The prompts in order, in batches of at most `batch_tokens` as streams (but at least one prompt)."""
+    batches: list[list[list[int]]] = []
+    used = batch_tokens
+    for prompt in prompts:
+        if used + len(prompt) - shared > batch_tokens:
+            batches.append([])
+            used = shared
+        batches[-1].append(prompt)
+        used += len(prompt) - shared
+    return batches
+
+
+def ready(stream: Stream) -> Stream:
+    """The stream in memory from which a GPU copies while the CPU goes on."""
+    return replace(stream, numbers=stream.numbers.pin_memory()) if torch.cuda.is_available() else stream
