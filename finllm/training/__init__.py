@@ -44,12 +44,13 @@ def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: in
         device=models.device_of(plan.device, local_rank),
         dequantize=plan.dequantize,
     )
-    model = models.with_adapter(loaded.model, recipe.lora, recipe.train.seed) if recipe.lora else loaded.model
     prompter = Prompter(loaded.tokenizer, recipe.prompt)
+    rows = encode(parts.train, prompter)
+    handwritten.unpack_if_roomy(loaded.model, rows, plan, is_main=rank == 0)
+    model = models.with_adapter(loaded.model, recipe.lora, recipe.train.seed) if recipe.lora else loaded.model
     tracker = tracking.start(run, plan, "train", main=rank == 0)
     total = steps_of(recipe.train, len(parts.train))
     losses = LossWatch(parts.train)
-    rows = encode(parts.train, prompter)
     engine = handwritten.engine(model, rows, plan, is_main=rank == 0)
     collate = _collate(model, rows, plan, engine, is_main=rank == 0)
     with steps("training", total, "step", run if rank == 0 else None) as counter:

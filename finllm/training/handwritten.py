@@ -55,29 +55,36 @@ def _unsuited(model: Any, rows: Sequence[Row]) -> str | None:
     return unsupported(model)
 
 
-def _made(model: Any, rows: Sequence[Row], plan: Plan) -> tuple[Engine, str]:
-    """The passes, with 4-bit weights dequantised and activations kept where memory allows; and what was chosen."""
+def unpack_if_roomy(model: Any, rows: Sequence[Row], plan: Plan, *, is_main: bool) -> None:
+    """Dequantise a base model's 4-bit weights, the same values, if the GPU has room for them and for activations.
+
+    A recipe that sets train.gradient_checkpointing asks for little memory, so that its weights stay in 4 bits.
+    """
     assert plan.recipe.train is not None, plan.name
-    four_bit = plan.recipe.model.quantization in FOUR_BIT and not plan.dequantize
+    packed_weights = plan.recipe.model.quantization in FOUR_BIT and not plan.dequantize
+    if not plan.hand_written or not packed_weights or plan.recipe.train.gradient_checkpointing is True:
+        return
+    linear = sum(m.in_features * m.out_features for m in model.model.layers.modules() if hasattr(m, "in_features"))
+    if _room() > 2 * linear + _kept_bytes(model.config.get_text_config(), rows, plan.micro_batch):
+        model.dequantize()
+        if is_main:
+            print("4-bit weights dequantised once: the same values, and the GPU has room for them", flush=True)
+
+
+def _made(model: Any, rows: Sequence[Row], plan: Plan) -> tuple[Engine, str]:
+    """The passes, with activations kept where memory allows; and what was chosen."""
+    assert plan.recipe.train is not None, plan.name
     asked = plan.recipe.train.gradient_checkpointing
-    if plan.device == "cpu":
-        return Engine(model, recompute=asked is True), "on a CPU"
+    if not isinstance(asked, bool):
+        config = model.get_base_model().config.get_text_config()
+        asked = plan.device == "cuda" and _room() < _kept_bytes(config, rows, plan.micro_batch)
+    return Engine(model, recompute=asked), f"activations {'computed again' if asked else 'kept'}"
+
+
+def _room() -> float:
+    """Bytes that the GPU has left to fill."""
     free, whole = torch.cuda.mem_get_info()
-    room = free - SPARE_SHARE * whole
-    base = model.get_base_model()
-    linear = sum(m.in_features * m.out_features for m in base.model.layers.modules() if hasattr(m, "in_features"))
-    kept = _kept_bytes(base.config.get_text_config(), rows, plan.micro_batch)
-    chosen = []
-    if four_bit and asked is not True and room > 2 * linear + kept:
-        base.dequantize()
-        room -= 2 * linear
-        four_bit = False
-        chosen.append("4-bit weights dequantised once (the same values)")
-    recompute = asked if isinstance(asked, bool) else room < kept
-    chosen.append("activations computed again" if recompute else "activations kept")
-    if four_bit:
-        chosen.append("weights unpacked layer by layer")
-    return Engine(model, recompute=recompute), ", ".join(chosen)
+    return free - SPARE_SHARE * whole
 
 
 def _kept_bytes(config: Any, rows: Sequence[Row], micro_batch: int) -> float:

@@ -1,0 +1,81 @@
+"""What the GPU benchmarks share: the model that they measure, what its arithmetic takes, and where they ran."""
+
+import json
+import platform
+import subprocess
+import time
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+GFLOP_TRAINED = 28.17
+"""A token forward and backward through 6.98 G weights of the layers without checkpointing: 4 FLOP each, LoRA 6."""
+GFLOP_SCORED = 13.96
+"""A token forward: 2 FLOP for each weight of the layers."""
+PEAK_TFLOP = 790
+"""An 8192 x 8192 x 8192 bf16 matrix product on one H200 with random data."""
+SHARED, OWN = 26, 36.9
+"""Tokens of the instruction, and on average of a training example behind it (SmolLM2's tokenizer)."""
+SHAPE = {
+    "vocab_size": 49_152, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32_768, "sliding_window": None,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+"""Mistral-7B-v0.1 with the vocabulary of the tokenizer that is at hand."""
+
+
+def limit(gflop: float, own: float = OWN, examples: int = 32) -> float:
+    """Examples a second at most, `examples` of them to one instruction."""
+    return 1000 * PEAK_TFLOP / (gflop * (own + SHARED / examples))
+
+
+def make_weights(folder: Path, tokenizer: Path | None) -> None:
+    """A folder with a model of that shape, its random weights in bf16, and the tokenizer, unless it is there."""
+    if (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file():
+        return
+    if tokenizer is None:
+        raise SystemExit(f"{folder} holds no model; give --tokenizer to make one")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(MistralConfig(**SHAPE))
+    torch.set_default_dtype(torch.float32)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="5GB")
+
+
+def conditions(note: str = "") -> dict[str, Any]:
+    """Hardware, versions and date of a measurement."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader"]
+    gpu = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    packages = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {"hardware": gpu, "versions": versions, "date": datetime.now(UTC).date().isoformat(), "note": note}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def seconds_of(work: Any, repetitions: int) -> list[float]:
+    """Seconds of each repetition, the GPU waited for."""
+    import torch
+
+    found = []
+    for _ in range(repetitions):
+        torch.cuda.synchronize()
+        began = time.monotonic()
+        work()
+        torch.cuda.synchronize()
+        found.append(time.monotonic() - began)
+    return found

@@ -1,0 +1,106 @@
+"""The kernels on a GPU: their errors are those of bf16, and 4-bit weights are read bit by bit."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+
+from finllm.fast import streams
+from finllm.fast.engine import Engine
+from finllm.shared_prefix import IGNORED
+from finllm.training.batches import Row, pad
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")]
+
+
+def model(kind: torch.dtype, heads: int = 16, key_heads: int = 4, head_size: int = 64) -> Any:
+    """Three layers, 1,024 wide, on the GPU, with second LoRA factors that are not 0."""
+    torch.manual_seed(0)
+    config = hf.MistralConfig(
+        vocab_size=4096, hidden_size=1024, intermediate_size=2816, num_hidden_layers=3, num_attention_heads=heads,
+        num_key_value_heads=key_heads, head_dim=head_size, attn_implementation="sdpa",
+    )  # fmt: skip
+    plain = hf.AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    settings = LoraConfig(r=12, lora_alpha=24, target_modules="all-linear", task_type="CAUSAL_LM")
+    made = get_peft_model(plain, settings)
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+        elif "lora_A" not in name:
+            parameter.data = parameter.data.bfloat16().to(kind)  # both models hold the same values
+    return made.cuda().train()
+
+
+def rows(count: int, shared: int) -> list[Row]:
+    draw = torch.Generator().manual_seed(2)
+
+    def some(length: int) -> list[int]:
+        return torch.randint(3, 4096, (length,), generator=draw).tolist()
+
+    common = some(shared)
+    return [Row(i, [*common, 3 + i, *some(4 + 29 * i % 150)], [5 + i % 3, 2]) for i in range(count)]
+
+
+def gradients(made: Any) -> torch.Tensor:
+    found = torch.cat([p.grad.float().flatten() for p in made.parameters() if p.grad is not None])
+    made.zero_grad(set_to_none=True)
+    return found
+
+
+def plain(made: Any, examples: list[Row]) -> tuple[float, torch.Tensor]:
+    """Loss and gradients of padded rows by autograd, in bf16 where the weights are."""
+    batch = pad(examples)
+    targets = batch["labels"][:, 1:].flatten().cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=made.dtype == torch.bfloat16):
+        ids, mask = batch["input_ids"].cuda(), batch["attention_mask"].cuda()
+        logits = made(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum") / 16
+    loss.backward()
+    return loss.item(), gradients(made)
+
+
+def error(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("shared", [9, 70])
+@pytest.mark.parametrize(("heads", "key_heads", "head_size"), [(16, 4, 64), (8, 8, 128), (9, 3, 64)])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "computed again"])
+def test_gradients_are_as_near_to_fp32_as_the_models_own(
+    *, shared: int, heads: int, key_heads: int, head_size: int, recompute: bool
+) -> None:
+    """An instruction shorter and longer than a block, rows of up to 150 tokens, several shapes of attention."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    examples = rows(11, shared)
+    loss, exact = plain(model(torch.float32, heads, key_heads, head_size), examples)
+    made = model(torch.bfloat16, heads, key_heads, head_size)
+    _, own = plain(made, examples)
+    engine = Engine(made, recompute=recompute)
+    prompts, answers = [row.prompt for row in examples], [row.answer for row in examples]
+    stream = streams.pack(prompts, answers, shared=shared, multiple=64)
+    found_loss = engine.loss_and_gradients(stream, 1 / 16).item()
+    assert found_loss == pytest.approx(loss, rel=2e-2)
+    assert error(gradients(made), exact) < max(1.2 * error(own, exact), 5e-3)
+
+
+def test_nf4_weights_are_read_as_bitsandbytes_reads_them() -> None:
+    import bitsandbytes as bnb
+
+    from finllm.fast.kernels import unpack_4bit
+
+    values = torch.randn(300, 512, device="cuda", dtype=torch.bfloat16)
+    weight = bnb.nn.Params4bit(values, requires_grad=False, quant_type="nf4", compress_statistics=True).to("cuda")
+    out = torch.zeros(300, 600, device="cuda", dtype=torch.bfloat16)
+    unpack_4bit(weight, out[:, :512])
+    assert torch.equal(out[:, :512], bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
+
+
+def test_scores_are_those_of_fp32_to_the_rounding_of_bf16() -> None:
+    exact, made, prompts = model(torch.float32).eval(), model(torch.bfloat16).eval(), [r.prompt for r in rows(9, 30)]
+    found = Engine(made).log_probabilities(prompts, [5, 6, 7], batch_tokens=500)
+    with torch.inference_mode():
+        expected = [exact(torch.tensor([ids]).cuda()).logits[0, -1].log_softmax(-1)[5:8].cpu() for ids in prompts]
+    assert abs(torch.tensor(found) - torch.stack(expected)).max() < 0.1
