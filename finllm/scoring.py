@@ -17,6 +17,9 @@ from finllm.fast.support import unsupported
 from finllm.progress import Steps
 from finllm.shared_prefix import shared_length
 
+MOST_ON_CPU = 512
+"""Tokens in one pass on a CPU, which gains nothing from more and pads more (docs/experiments.md)."""
+
 
 @dataclass(frozen=True)
 class Trie:
@@ -88,6 +91,8 @@ def score(
         return engine.log_probabilities(
             prompts, tokens, batch_tokens=batch_tokens, adapted=_adapted(model), steps=steps
         )
+    if _base(model).device.type == "cpu":
+        batch_tokens = min(batch_tokens, MOST_ON_CPU)
     shared = shared_length(prompts)
     if not _sees_all(model, max(map(len, prompts)) + max(map(len, answers))):
         if tree.tokens:
