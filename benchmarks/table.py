@@ -1,0 +1,78 @@
+"""Write README's table of speeds from the rows in benchmarks/results.
+
+python benchmarks/table.py           # between <!-- speed --> and <!-- /speed -->
+python benchmarks/table.py --check   # exit 1 if README differs from what would be written
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
+HEAD = ("where", "what", "examples/s", "peak GiB", "against", "times as fast", "limit of arithmetic")
+
+
+def share(value: float) -> str:
+    """Of the speed that the processor's arithmetic allows."""
+    return f"{value:.0%} reached"
+
+
+def times(value: float) -> str:
+    """How often the peer's arithmetic contains ours."""
+    return f"{number(value)} times"
+
+
+FILES = {"h200_sft.json": share, "h200_scoring.json": share, "cpu.json": times}
+"""What a row's `limit_ratio` means in each file."""
+
+
+def table(results: Path) -> str:
+    """A line for each row of the files that are there, but for systems that failed to run."""
+    lines = ["| " + " | ".join(HEAD) + " |", "| --- | --- | ---: | ---: | --- | ---: | ---: |"]
+    for name in FILES:
+        if (results / name).is_file():
+            rows = json.loads((results / name).read_text(encoding="utf-8"))
+            lines += [line(name, row) for row in rows if row.get("examples_per_s")]
+    return "\n".join(lines)
+
+
+def line(file: str, row: dict[str, Any]) -> str:
+    where = Path(file).stem.split("_", maxsplit=1)[0].upper()
+    ratio = "" if row["ratio"] is None else number(row["ratio"])
+    limit = "" if row["limit_ratio"] is None else FILES[file](row["limit_ratio"])
+    cells = [where, row["name"], number(row["examples_per_s"]), number(row["peak_gib"]), row["peer"] or ""]
+    return "| " + " | ".join([*cells, ratio, limit]) + " |"
+
+
+def number(value: float) -> str:
+    """Three figures."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def rewritten(text: str, made: str) -> str:
+    """README with the table between its marks; exits where they are not there once each and in order."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        sys.exit(f"README has no {BEGIN} followed by {END}")
+    return f"{before}{BEGIN}\n{made}\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    asked = parser.parse_args()
+    text = asked.readme.read_text(encoding="utf-8")
+    wanted = rewritten(text, table(asked.results))
+    if asked.check:
+        sys.exit(0 if wanted == text else f"{asked.readme} differs from the results; run benchmarks/table.py")
+    asked.readme.write_text(wanted, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
