@@ -16,8 +16,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@if [ -d $(VENV) ] && ! $(PY) -m pip --version >/dev/null 2>&1; then echo "$(VENV) is broken; making it anew"; rm -rf $(VENV); fi
 	@[ -d $(VENV) ] || { echo "Making $(VENV)"; $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3 -m venv failed; on Debian: apt-get install python3-venv"; exit 2; }; }
 	@echo "Installing packages (minutes, once)"
-	@$(call install_packages) && $(call packages_work) || \
-	  { echo "$(VENV) is incomplete; making it anew"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV) && $(call install_packages) && $(call packages_work); }
+	@$(call install_packages) && ($(call packages_work)) 2>/dev/null || \
+	  { echo "$(VENV) is incomplete; making it anew"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV) && $(call install_packages) && $(call packages_work) && echo "mended"; }
 	@touch $@
 
 install_packages = $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
