@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from finllm import last_layer
 from finllm.fast.engine import Engine
 from finllm.fast.support import unsupported
 from finllm.progress import Steps
@@ -213,7 +214,10 @@ def _score_batch(
     cache = DynamicCache(config=base.config)
     for layer, (keys, values) in enumerate(prefix):
         cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
-    with _autocast(base):
+    wanted = torch.cat([(lengths - 1)[:, None], longest + torch.arange(branch).expand(rows, -1)], dim=1)
+    places = (wanted + (longest + branch) * torch.arange(rows)[:, None]).flatten().to(base.device)
+    wanted = wanted.to(base.device)
+    with _autocast(base), last_layer.only(base, places):
         hidden = (
             base.get_decoder()(
                 ids.to(base.device),
@@ -223,8 +227,6 @@ def _score_batch(
                 use_cache=bool(prefix),
             ).last_hidden_state  # (rows, longest + branch, hidden)
         )
-        wanted = torch.cat([(lengths - 1)[:, None], longest + torch.arange(branch).expand(rows, -1)], dim=1)
-        wanted = wanted.to(base.device)
         hidden = hidden.gather(1, wanted[..., None].expand(-1, -1, hidden.shape[-1]))  # (rows, 1 + branch, hidden)
         logits = base.get_output_embeddings()(hidden).float()
     cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from trl import SFTTrainer
 
+from finllm import last_layer
 from finllm.fast.engine import Engine
 from finllm.shared_prefix import IGNORED
 from finllm.training.batches import EpochLoader, GlobalBatches, Row, Rows
@@ -114,7 +115,8 @@ def _sum_of_losses(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     if labels.device.type == "cpu" and len(labels) == 1:  # TRL's fused head leaves rows out on a GPU only
         predicting = (labels[0, 1:] != IGNORED).nonzero().squeeze(1)
         rest = {name: value for name, value in inputs.items() if name != "labels"}
-        logits = model(**rest, use_cache=False, logits_to_keep=predicting).logits[0]  # (answer tokens, vocabulary)
+        with last_layer.only(model, predicting):
+            logits = model(**rest, use_cache=False, logits_to_keep=predicting).logits[0]  # (answer tokens, vocabulary)
         return torch.nn.functional.cross_entropy(logits.float(), labels[0, predicting + 1], reduction="sum")
     total: torch.Tensor = -model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum()
     return total
