@@ -154,6 +154,23 @@ def test_the_model_itself_computes_the_same_after_its_weights_are_stacked() -> N
     assert worst(after[1], before[1]) < WITHIN[torch.float32]
 
 
+def test_a_second_decoder_takes_no_more_memory() -> None:
+    """It finds the matrices that the first has made, and not those of an adapter of another width."""
+    made = model()
+    first, second = weights.Decoder(made), weights.Decoder(made)
+    for one, other in zip(first.stacks, second.stacks, strict=True):
+        assert one.matrix is not None
+        assert other.matrix is not None
+        assert other.matrix.data_ptr() == one.matrix.data_ptr()
+        assert other.matrix.shape == one.matrix.shape
+    plain = made.unload()
+    for one, other in zip(first.stacks, weights.Decoder(plain.requires_grad_(False)).stacks, strict=True):
+        assert one.matrix is not None
+        assert other.matrix is not None
+        assert other.matrix.data_ptr() != one.matrix.data_ptr()
+        assert torch.equal(other.matrix, one.matrix[:, : one.inputs])
+
+
 def test_gradients_of_several_passes_add_up() -> None:
     made, examples = model(), rows(6)
     _, gradients = expected(made, examples, 1.0)

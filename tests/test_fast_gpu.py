@@ -66,9 +66,11 @@ def error(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-@pytest.mark.parametrize("shared", [9, 70])
-@pytest.mark.parametrize(("heads", "key_heads", "head_size"), [(16, 4, 64), (8, 8, 128), (9, 3, 64)])
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "computed again"])
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "head_size", "shared", "recompute"),
+    [(16, 4, 64, 9, False), (16, 4, 64, 70, True), (8, 8, 128, 30, False), (9, 3, 64, 30, True)],
+    ids=["short instruction", "long instruction, computed again", "large heads", "nine heads, computed again"],
+)
 def test_gradients_are_as_near_to_fp32_as_the_models_own(
     *, shared: int, heads: int, key_heads: int, head_size: int, recompute: bool
 ) -> None:

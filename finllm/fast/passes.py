@@ -42,7 +42,7 @@ def log_probabilities(decoder: Decoder, stream: Stream, choices: Tensor, *, adap
     setting, rows = _setting(decoder, stream, adapted=adapted), stream.predicting.long()
     x = decoder.embedding[stream.ids]
     for number, layer in enumerate(decoder.layers):
-        x, _ = layers.forward(layer, decoder.unpacked(layer), x, setting, _rows(decoder, number, rows))
+        x = layers.forward(layer, decoder.unpacked(layer), x, setting, _rows(decoder, number, rows))[0]  # keeps nothing
     hidden, _ = norm(x, decoder.norm, decoder.eps, 0)
     logits = _logits(hidden, decoder.head)
     return logits.index_select(1, choices) - logits.logsumexp(-1, keepdim=True)

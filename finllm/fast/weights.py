@@ -6,7 +6,7 @@ layer, and one product with the gradient gives both what flows back into x and w
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -252,12 +252,35 @@ def _stack(linears: Sequence[Any]) -> Stack:
     multiple = WIDTH[bases[0].weight.device.type]
     stack = Stack(bases, inputs, row, -(-column // multiple) * multiple, factors)
     if type(bases[0]).__name__ == "Linear":
-        first_weight = bases[0].weight
-        stack.matrix = torch.zeros(row, inputs + stack.width, dtype=first_weight.dtype, device=first_weight.device)
-        row = 0
-        for base in bases:
-            view = stack.matrix[row : row + base.out_features, :inputs]
-            view.copy_(base.weight.data)
-            base.weight.data = view
-            row += base.out_features
+        stack.matrix = _already_stacked(bases, stack)
+        if stack.matrix is None:
+            stack.matrix = _stacked(bases, stack)
     return stack
+
+
+def _stacked(bases: Sequence[Any], stack: Stack) -> Tensor:
+    """A new matrix of the layers' weights, which become views of it."""
+    like = bases[0].weight
+    matrix = torch.zeros(stack.outputs, stack.inputs + stack.width, dtype=like.dtype, device=like.device)
+    row = 0
+    for base in bases:
+        view = matrix[row : row + base.out_features, : stack.inputs]
+        view.copy_(base.weight.data)
+        base.weight.data = view
+        row += base.out_features
+    return matrix
+
+
+def _already_stacked(bases: Sequence[Any], stack: Stack) -> Tensor | None:
+    """The matrix of which the weights are views already, if another decoder was made of this model."""
+    first, width = bases[0].weight.data, stack.inputs + stack.width
+    size = first.element_size()
+    ends = accumulate((base.out_features * width * size for base in bases), initial=first.untyped_storage().data_ptr())
+    views = all(
+        base.weight.data_ptr() == place and base.weight.stride() == (width, 1)
+        for base, place in zip(bases, ends, strict=False)
+    )
+    if not views or first.untyped_storage().nbytes() != stack.outputs * width * size:
+        return None
+    matrix: Tensor = first.as_strided((stack.outputs, width), (width, 1))
+    return matrix
