@@ -1,27 +1,11 @@
-"""How a run computes, where the recipe leaves it open; each choice adds its reason. Imports no torch."""
+"""How a run computes, where the recipe leaves it open; each choice adds its reason. Imports no torch.
+
+What depends on memory is chosen in fitting.py.
+"""
 
 from finllm.errors import RecipeError
 from finllm.machine import Machine
-from finllm.recipe import FOUR_BIT, Recipe
-
-
-def checkpointing(recipe: Recipe, gpus: int, reasons: list[str]) -> bool:
-    """Whether activations are computed again in the backward pass."""
-    if recipe.train is None:
-        return False
-    if recipe.train.gradient_checkpointing != "auto":
-        return recipe.train.gradient_checkpointing
-    chosen = bool(gpus) and recipe.model.quantization != "none"
-    reasons.append(f"gradient checkpointing {'on: quantised model on a GPU' if chosen else 'off'}")
-    return chosen
-
-
-def dequantize(recipe: Recipe, gpus: int, reasons: list[str]) -> bool:
-    """Whether 4-bit weights are dequantised as the model is loaded."""
-    if gpus or recipe.model.quantization not in FOUR_BIT:
-        return False
-    reasons.append("4-bit weights dequantised once: the CPU would do it in every pass")
-    return True
+from finllm.recipe import Recipe
 
 
 def shared_prefix(recipe: Recipe, micro_batch: int, reasons: list[str]) -> bool:

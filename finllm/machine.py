@@ -1,9 +1,11 @@
 """What a machine offers, found out without torch: GPUs by nvidia-smi, cores by the operating system."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from finllm.errors import RecipeError, RunError
 
@@ -42,11 +44,24 @@ class Machine:
 
     gpus: tuple[Gpu, ...]
     cores: int
+    memory_gib: float | None = None
+    """Main memory that processes may fill; None where it is not known."""
 
 
 def here() -> Machine:
     """Cores, and the GPUs less those that CUDA_VISIBLE_DEVICES hides."""
-    return Machine(_visible(_nvidia_smi()), len(os.sched_getaffinity(0)))
+    return Machine(_visible(_nvidia_smi()), len(os.sched_getaffinity(0)), memory_gib())
+
+
+def memory_gib() -> float | None:
+    """Main memory, or the control group's share of it where that is less; None where the system does not say."""
+    known = []
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        known += [float(line.split()[1]) / 2**20 for line in lines if line.startswith("MemTotal:")]  # KiB
+    with contextlib.suppress(OSError, ValueError):  # `max` is no limit
+        known.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")) / 2**30)
+    return min(known, default=None)
 
 
 def imagined(name: str, count: int) -> Machine:

@@ -12,16 +12,18 @@ from pydantic import ConfigDict, Field
 
 from finllm import choices, machine
 from finllm.errors import RecipeError
+from finllm.fitting import Place, fit
+from finllm.lengths import Lengths
 from finllm.machine import Machine
+from finllm.memory import Estimate
 from finllm.recipe import Recipe, Training
 from finllm.run import Run, read_json, write_json, write_text
+from finllm.shapes import shape_of
 from finllm.yamlfile import Spec
 
 PACKAGES = (
     "finllm", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "scikit-learn", "wandb",
 )  # fmt: skip
-LARGEST_MICRO_BATCH = {False: 16, True: 64}
-"""Examples; the hand-written passes (True) keep less of each."""
 
 
 class Rows(Spec):
@@ -59,6 +61,12 @@ class Plan(Spec):
     """Compute what all prompts begin with once for a micro-batch, where the model can."""
     hand_written: bool
     """Use our own forward and backward passes (finllm.fast), where they know the model's layers."""
+    batch_tokens: int
+    """Tokens in one scoring batch: the recipe's, or fewer where those would not fit."""
+    memory: Estimate | None
+    """None where the model's shape is not known before it is loaded."""
+    texts: Lengths | None
+    """Of the training texts; None where they are not at hand."""
     rows: Rows | None
     """None where counting the rows would need a download."""
     steps: int | None
@@ -92,10 +100,11 @@ def decide(
     source: str,
     overrides: tuple[str, ...] = (),
     processes: int | None = None,
+    texts: Lengths | None = None,
 ) -> Plan:
     """What will happen when `recipe` runs on `here`; raises RecipeError where it cannot.
 
-    `processes` is given where something else has already started them.
+    `processes` is given where something else has already started them, `texts` where the training texts are at hand.
     """
     asked = recipe.resources
     if asked.gpu is not None:
@@ -110,22 +119,27 @@ def decide(
     dtype = _dtype(recipe, here, gpus, reasons)
     _refuse(recipe, gpus)
     hand_written = choices.hand_written(recipe, here, gpus, count, dtype, reasons)
-    micro_batch, accumulation = _batches(recipe, count, reasons, LARGEST_MICRO_BATCH[hand_written])
+    each = _each(recipe, count)
+    place = _place(recipe, here, gpus, dtype, processes=count, hand_written=hand_written, rows=rows, texts=texts)
+    chosen = fit(recipe, place, each, reasons)
     return Plan(
         name=folder.name,
         recipe=recipe,
         source=source,
         overrides=overrides,
-        device="cuda" if gpus else "cpu",
-        gpu=here.gpus[0].name if gpus else "",
+        device=place.device,
+        gpu=place.name,
         processes=count,
         dtype=dtype,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        gradient_checkpointing=choices.checkpointing(recipe, gpus, reasons),
-        dequantize=choices.dequantize(recipe, gpus, reasons),
-        shared_prefix=choices.shared_prefix(recipe, micro_batch, reasons),
+        micro_batch=chosen.micro_batch,
+        accumulation=each // chosen.micro_batch,
+        gradient_checkpointing=chosen.checkpointing,
+        dequantize=chosen.dequantize,
+        shared_prefix=choices.shared_prefix(recipe, chosen.micro_batch, reasons),
         hand_written=hand_written,
+        batch_tokens=chosen.batch_tokens,
+        memory=chosen.memory,
+        texts=texts,
         rows=rows,
         steps=steps_of(recipe.train, rows.train) if recipe.train and rows else None,
         reasons=tuple(reasons),
@@ -133,6 +147,24 @@ def decide(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=commit(),
         versions=versions(),
+    )
+
+
+def _place(
+    recipe: Recipe, here: Machine, gpus: int, dtype: Literal["bf16", "fp32"], *, processes: int, hand_written: bool,
+    rows: Rows | None, texts: Lengths | None,
+) -> Place:  # fmt: skip
+    """What the run must fit into; of several GPUs, the smallest counts."""
+    return Place(
+        device="cuda" if gpus else "cpu",
+        name=here.gpus[0].name if gpus else "",
+        dtype=dtype,
+        processes=processes,
+        memory_gib=min(gpu.memory_gib for gpu in here.gpus[:gpus]) if gpus else here.memory_gib,
+        shape=shape_of(recipe.model),
+        texts=texts,
+        scored_texts=max(rows.validation, rows.test) if rows else None,
+        hand_written=hand_written,
     )
 
 
@@ -157,10 +189,10 @@ def _refuse(recipe: Recipe, gpus: int) -> None:
         raise RecipeError("model.attention is flash_attention_2, which needs a GPU; write sdpa")
 
 
-def _batches(recipe: Recipe, processes: int, reasons: list[str], largest: int) -> tuple[int, int]:
-    """Micro-batch and accumulation that make up the global batch."""
+def _each(recipe: Recipe, processes: int) -> int:
+    """Examples of one process in an optimizer step."""
     if recipe.train is None:
-        return 1, 1
+        return 1
     whole, asked = recipe.train.global_batch, recipe.train.micro_batch
     if whole % processes:
         raise RecipeError(
@@ -168,16 +200,12 @@ def _batches(recipe: Recipe, processes: int, reasons: list[str], largest: int) -
             f"try {whole // processes * processes or processes}"
         )
     each = whole // processes
-    if asked == "auto":
-        micro = max(size for size in range(1, min(each, largest) + 1) if each % size == 0)
-        reasons.append(f"micro-batch {micro}: the largest divisor of {each} up to {largest}")
-        return micro, each // micro
-    if each % asked:
+    if asked != "auto" and each % asked:
         raise RecipeError(
             f"train.global_batch is {whole}, which {processes} process(es) x micro_batch {asked} = "
             f"{processes * asked} does not divide; try {-(-whole // (processes * asked)) * processes * asked}"
         )
-    return asked, each // asked
+    return each
 
 
 def steps_of(train: Training, rows: int) -> int:

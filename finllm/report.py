@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from finllm.example import LABELS, SPLITS
+from finllm.memory import described
 from finllm.plan import Plan, Rows
 from finllm.recipe import Recipe
 from finllm.scores import Interval, Metrics, Paired, PartScores, Scores, Slice, System
@@ -185,11 +186,13 @@ def _settings(plan: Plan) -> dict[str, str]:
     model = recipe.model
     revision = f" at {model.revision}" if model.revision else ""
     quantized = "" if model.quantization == "none" else f", {model.quantization}"
+    unpacked = f", dequantised once to {plan.dtype}" if plan.dequantize else ""
     return {
-        "model": f"{model.name}{revision}{quantized}",
+        "model": f"{model.name}{revision}{quantized}{unpacked}",
         "prompt": f"{recipe.prompt.template}, at most {recipe.prompt.max_tokens} tokens: {recipe.prompt.instruction}",
         **_method(plan, recipe),
         "device": f"{plan.gpu or plan.device}, {_processes(plan)}, {plan.dtype}",
+        "memory, estimated": "not known before loading" if plan.memory is None else described(plan.memory, plan.device),
     }
 
 
@@ -206,7 +209,8 @@ def _method(plan: Plan, recipe: Recipe) -> dict[str, str]:
         + (lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)),
         "length": f"{plan.steps if plan.steps is not None else '?'} steps" + f", {train.epochs:g} epochs",
         "batch": f"{train.global_batch} = {_processes(plan)} x {plan.micro_batch} x {plan.accumulation} accumulated; "
-        f"gradient checkpointing {'on' if plan.gradient_checkpointing else 'off'}",
+        f"gradient checkpointing {'on' if plan.gradient_checkpointing else 'off'}; "
+        f"shared prefix {'on' if plan.shared_prefix else 'off'}",
         "learning rate": f"{train.learning_rate:g}, {train.schedule}, warm-up {100 * train.warmup_share:g} %",
         "optimizer": f"{train.optimizer}, weight decay {train.weight_decay:g}, gradient norm at most {train.max_grad_norm:g}",
         "seed": str(train.seed),

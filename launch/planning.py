@@ -12,6 +12,7 @@ from finllm.data import DatasetSpec, Parts
 from finllm.data.hub import Hub
 from finllm.data.table import Table
 from finllm.errors import DataError, RecipeError, RunError
+from finllm.lengths import Lengths, lengths_of
 from finllm.plan import Plan, Rows, decide
 from finllm.recipe import Recipe, load
 from finllm.run import Run, State, create
@@ -22,9 +23,12 @@ def preview(recipe_name: str, overrides: tuple[str, ...], name: str | None, runs
     """The plan that a launch would have; makes nothing, downloads nothing."""
     path = shipped.find(recipe_name)
     recipe = load(path, overrides)
-    rows, why_not = _rows_at_hand(recipe)
+    parts, why_not = _parts_at_hand(recipe)
+    rows, texts = (_rows(parts), _lengths(parts)) if parts else (None, None)
     folder = _free(runs, name or default_name(path))
-    plan = decide(recipe, here=machine.here(), rows=rows, folder=folder, source=str(path), overrides=overrides)
+    plan = decide(
+        recipe, here=machine.here(), rows=rows, folder=folder, source=str(path), overrides=overrides, texts=texts
+    )
     return plan if rows else plan.model_copy(update={"reasons": (*plan.reasons, f"rows not counted: {why_not}")})
 
 
@@ -36,10 +40,13 @@ def prepare(recipe_name: str, overrides: tuple[str, ...], name: str | None, runs
         raise RecipeError(
             f"{path}: resources.gpu is {recipe.resources.gpu}: that is for plans only; take it out, or use --dry-run"
         )
-    here, rows = machine.here(), _rows(_parts(recipe))
+    here, parts = machine.here(), _parts(recipe)
     run = _create(runs, name or default_name(path))
     try:
-        plan = decide(recipe, here=here, rows=rows, folder=run.folder, source=str(path), overrides=overrides)
+        plan = decide(
+            recipe, here=here, rows=_rows(parts), folder=run.folder, source=str(path), overrides=overrides,
+            texts=_lengths(parts),
+        )  # fmt: skip
         plan.save(run)
         State("created", stage="train" if recipe.train else "evaluate", host=socket.gethostname()).save(run)
     except BaseException:
@@ -78,14 +85,19 @@ def _rows(parts: Parts) -> Rows:
     return Rows(train=len(parts.train), validation=len(parts.validation), test=len(parts.test))
 
 
-def _rows_at_hand(recipe: Recipe) -> tuple[Rows | None, str]:
-    """Rows before near twins of other sets are left out; None, and why, where counting is not quick."""
+def _lengths(parts: Parts) -> Lengths | None:
+    """Of the texts that are trained on, or else scored."""
+    return lengths_of(parts.train or parts.test)
+
+
+def _parts_at_hand(recipe: Recipe) -> tuple[Parts | None, str]:
+    """Rows before near twins of other sets are left out; None, and why, where reading is not quick."""
     slow = [spec.title for spec in recipe.data if _is_slow(spec)]
     if slow:
         return None, f"{', '.join(slow)} would have to be fetched or split first; `finllm check` does it"
     os.environ["HF_HUB_OFFLINE"] = "1"  # a preview ends with its process
     try:
-        return _rows(data.read_parts(recipe.data)), ""
+        return data.read_parts(recipe.data), ""
     except DataError as error:
         return None, str(error)
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from finllm.data import Parts
 from finllm.errors import FinllmError
 from finllm.example import LABELS, SPLITS
+from finllm.memory import described
 from finllm.plan import Plan
 from finllm.recipe import Recipe, load
 from finllm.run import Progress, Run, State
@@ -59,6 +60,7 @@ def plan_lines(plan: Plan, folder: Path) -> list[str]:
             f"{recipe.train.global_batch} = {plan.processes} process(es) x micro-batch {plan.micro_batch} x "
             f"{plan.accumulation} accumulated; gradient checkpointing {'on' if plan.gradient_checkpointing else 'off'}"
         )
+        facts["memory"] = "not estimated" if plan.memory is None else described(plan.memory, plan.device)
         facts["steps"] = "known once the data is counted" if plan.steps is None else str(plan.steps)
     facts["because"] = "; ".join(plan.reasons)
     return [f"{name:8} {text}" for name, text in facts.items() if text]

@@ -48,7 +48,7 @@ def plan(
         (["train.global_batch=16", "resources.cpu_processes=2"], 0, (2, 8, 1)),
         (["train.global_batch=64"], 4, (4, 16, 1)),
         (["train.global_batch=64", "train.micro_batch=4"], 4, (4, 4, 4)),
-        (["train.global_batch=64", "resources.gpus=2"], 4, (2, 16, 2)),
+        (["train.global_batch=64", "resources.gpus=2"], 4, (2, 32, 1)),
         (["train.global_batch=64", "resources.gpus=0"], 4, (1, 16, 4)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

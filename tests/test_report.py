@@ -154,8 +154,15 @@ def test_every_table_is_rectangular(text: str) -> None:
 def test_settings_data_and_training_are_told(text: str) -> None:
     """As planned, as counted, as it happened."""
     settings = dict(line for line in table_with(text, "setting")[2:])
-    assert settings["model"] == "smollm2-135m, nf4"
+    assert settings["model"] == "smollm2-135m, nf4, dequantised once to fp32"
     assert settings["batch"].startswith("16 = 1 process x 16 x 1 accumulated")
+    assert settings["batch"].endswith("shared prefix on")
+    estimate = re.fullmatch(
+        r"about (\d+\.\d) GiB on each process: weights (\d+\.\d), .*", settings["memory, estimated"]
+    )
+    assert estimate is not None, settings
+    assert float(estimate[2]) == 0.5  # 134.5 million fp32 weights
+    assert float(estimate[2]) < float(estimate[1])
     assert settings["length"] == "50 steps, 2 epochs"
     assert table_with(text, "data set")[2][:4] == ["news", "390", "60", "120"]
     assert ["best validation loss", "0.312"] in table_with(text, "what")

@@ -1,0 +1,284 @@
+"""What fits: micro-batch, checkpointing and the form of 4-bit weights, chosen by the memory they need. Imports no torch."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from finllm import choices
+from finllm.errors import RecipeError
+from finllm.lengths import Batch, Lengths, instruction_tokens, largest_batch
+from finllm.memory import HAND_WRITTEN_KINDS, Estimate, Setting, estimate
+from finllm.recipe import FOUR_BIT, Recipe
+from finllm.shapes import Shape
+
+FILLED_SHARE = 0.9
+"""Of the memory, the most that an estimate may fill."""
+ENOUGH_ROWS = 8
+"""Examples in a micro-batch from which on arithmetic, and not starting it, takes the time; below, the form of weights
+that leaves room for more examples is faster than the one that computes less."""
+LARGEST_ON_CPU = 16
+"""Examples in a micro-batch on a CPU: more make its caches no faster."""
+LARGEST_UNKNOWN = 16
+"""Examples in a micro-batch where the memory that they need is not known."""
+FEWEST_SCORED_TOKENS = 1024
+MULTIPLE = {"cpu": 1, "cuda": 64}
+"""Tokens of a stream are a multiple of this, as in finllm.training.sharing."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run shall fit."""
+
+    device: Literal["cuda", "cpu"]
+    name: str
+    dtype: Literal["bf16", "fp32"]
+    processes: int
+    memory_gib: float | None
+    """Of one GPU, or of the machine; None where it is not known."""
+    shape: Shape | None
+    texts: Lengths | None
+    scored_texts: int | None
+    """Texts in the larger of the scored parts; None where they are not counted."""
+    hand_written: bool
+
+    @property
+    def limit(self) -> float | None:
+        """GiB that one process may fill."""
+        if self.memory_gib is None:
+            return None
+        return FILLED_SHARE * self.memory_gib / (1 if self.device == "cuda" else self.processes)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a run is made to fit."""
+
+    micro_batch: int
+    checkpointing: bool
+    dequantize: bool
+    batch_tokens: int
+    """Tokens in a scoring batch."""
+    memory: Estimate | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the estimate is within what may be filled, where both are known."""
+        return self.memory is None or self.memory.limit is None or self.memory.total <= self.memory.limit
+
+
+def fit(recipe: Recipe, place: Place, each: int, reasons: list[str]) -> Fit:
+    """What a process uses for its `each` examples of a step; raises RecipeError where not even one fits on the GPU."""
+    if place.shape is None:
+        return _by_rule(recipe, place, each, reasons)
+    ways = [_largest_in(recipe, place, each, way) for way in _ways(recipe, place)]
+    enough = min(ENOUGH_ROWS, each)
+    chosen = next((way for way in ways if way.fits and way.micro_batch >= enough), None)
+    if chosen is None:  # the first of those that hold the most
+        chosen = max(ways, key=lambda way: (way.fits, way.micro_batch))
+    if not chosen.fits:
+        smallest = min(ways, key=lambda way: way.memory.total if way.memory else 0.0)
+        said = _too_large(recipe, place, smallest)
+        if place.device == "cuda":
+            raise RecipeError(said)
+        reasons.append(said)
+        chosen = smallest
+    _explain(recipe, place, each, chosen, ways, reasons)
+    return chosen
+
+
+def measured(recipe: Recipe, place: Place, choice: Fit) -> Fit:
+    """The choice with its estimate, scoring batches halved until they fit."""
+    assert place.shape is not None, "the caller has asked"
+    while True:
+        batch = None
+        if recipe.train is not None:
+            shares = place.hand_written or choices.shared_prefix(recipe, choice.micro_batch, [])
+            batch = largest_batch(
+                recipe.prompt, place.texts, rows=choice.micro_batch, shares=shares, epochs=recipe.train.epochs,
+                multiple=MULTIPLE[place.device] if shares else 1,
+            )  # fmt: skip
+        how, scored = _setting(recipe, place, choice), _scored(recipe, place, choice.batch_tokens)
+        found = replace(choice, memory=estimate(place.shape, how, batch, scored, place.limit))
+        alone = replace(choice, memory=estimate(place.shape, how, None, scored, place.limit))
+        if alone.fits or choice.batch_tokens < 2 * FEWEST_SCORED_TOKENS:
+            return found
+        choice = replace(choice, batch_tokens=choice.batch_tokens // 2)
+
+
+def divisors(number: int) -> list[int]:
+    """From the number itself down to 1."""
+    return [size for size in range(number, 0, -1) if number % size == 0]
+
+
+def _ways(recipe: Recipe, place: Place) -> Iterator[tuple[bool, bool]]:
+    """(dequantise, checkpointing), the fastest first, of what the recipe leaves open."""
+    four_bit = recipe.model.quantization in FOUR_BIT
+    if recipe.train is None:
+        yield from [(True, False), (False, False)] if four_bit else [(False, False)]
+        return
+    asked = recipe.train.gradient_checkpointing
+    if not four_bit:
+        ways = [(False, False), (False, True)]
+    elif place.device == "cpu":  # a CPU takes longer to unpack weights than to compute activations again
+        ways = [(True, False), (True, True), (False, True)]
+    elif asked is True:  # who asks for little memory does not want its weights in 16 bits
+        ways = [(False, True)]
+    else:
+        ways = [(True, False), (False, False), (False, True)]
+    yield from (way for way in ways if asked in ("auto", way[1]))
+
+
+def _largest_in(recipe: Recipe, place: Place, each: int, way: tuple[bool, bool]) -> Fit:
+    """The largest micro-batch that fits in this way; the smallest where none does."""
+    dequantize, checkpointing = way
+    found = None
+    for size in _sizes(recipe, place, each):
+        found = measured(recipe, place, Fit(size, checkpointing, dequantize, recipe.evaluation.batch_tokens))
+        if found.fits:
+            return found
+    assert found is not None, f"{each} has a divisor"
+    return found
+
+
+def _sizes(recipe: Recipe, place: Place, each: int) -> Sequence[int]:
+    if recipe.train is None:
+        return [1]
+    if recipe.train.micro_batch != "auto":
+        return [recipe.train.micro_batch]
+    return [size for size in divisors(each) if place.device == "cuda" or size <= LARGEST_ON_CPU]
+
+
+def _setting(recipe: Recipe, place: Place, choice: Fit) -> Setting:
+    by_hand = place.hand_written and place.shape is not None and place.shape.kind in HAND_WRITTEN_KINDS
+    return Setting(
+        device=place.device,
+        dtype=place.dtype,
+        quantization=recipe.model.quantization,
+        double_quantization=recipe.model.double_quantization,
+        dequantize=choice.dequantize,
+        trains=recipe.train is not None,
+        lora=recipe.lora,
+        optimizer=recipe.train.optimizer if recipe.train else "adamw",
+        processes=place.processes,
+        checkpointing=choice.checkpointing,
+        hand_written=by_hand,
+    )
+
+
+def _scored(recipe: Recipe, place: Place, batch_tokens: int) -> Batch:
+    """A full scoring batch, or all texts where they are fewer; they are of about equal length, and share the prefix."""
+    begin = instruction_tokens(recipe.prompt)
+    one = max(1, recipe.prompt.max_tokens - begin) if place.texts is None else round(place.texts.mean) + 1
+    rows = max(1, batch_tokens // one)
+    if place.scored_texts is not None:
+        rows = max(1, min(rows, place.scored_texts))
+    return Batch(rows=rows, longest=one, shared=begin, tokens=begin + rows * one)
+
+
+def _by_rule(recipe: Recipe, place: Place, each: int, reasons: list[str]) -> Fit:
+    """Without the model's shape: a moderate micro-batch, and checkpointing for quantised models on a GPU."""
+    reasons.append(f"memory not estimated: the shape of {recipe.model.name} is not known before it is loaded")
+    four_bit = recipe.model.quantization in FOUR_BIT
+    unpacked = four_bit and place.device == "cpu"
+    if unpacked:
+        reasons.append("4-bit weights dequantised once: the CPU would do it in every pass")
+    if recipe.train is None:
+        return Fit(1, checkpointing=False, dequantize=unpacked, batch_tokens=recipe.evaluation.batch_tokens)
+    asked, checkpointing = recipe.train.micro_batch, recipe.train.gradient_checkpointing
+    micro = next(size for size in divisors(each) if size <= LARGEST_UNKNOWN) if asked == "auto" else asked
+    if asked == "auto":
+        reasons.append(f"micro-batch {micro}: the largest divisor of {each} up to {LARGEST_UNKNOWN}")
+    if checkpointing == "auto":
+        checkpointing = place.device == "cuda" and recipe.model.quantization != "none"
+        reasons.append(f"gradient checkpointing {'on: quantised model on a GPU' if checkpointing else 'off'}")
+    return Fit(micro, checkpointing, unpacked, recipe.evaluation.batch_tokens)
+
+
+def _explain(recipe: Recipe, place: Place, each: int, chosen: Fit, ways: Sequence[Fit], reasons: list[str]) -> None:
+    if place.texts is None:
+        reasons.append(f"texts not at hand: memory is for prompts of {recipe.prompt.max_tokens} tokens")
+    if recipe.train is not None and recipe.train.micro_batch == "auto":
+        reasons.append(f"micro-batch {chosen.micro_batch}: {_why_this_size(recipe, place, each, chosen)}")
+    if recipe.train is not None and recipe.train.gradient_checkpointing == "auto":
+        reasons.append(f"gradient checkpointing {_why_checkpointing(chosen, ways)}")
+    if recipe.model.quantization in FOUR_BIT:
+        reasons.append(_why_this_form(place, chosen, ways))
+    if chosen.batch_tokens < recipe.evaluation.batch_tokens:
+        reasons.append(f"scoring batches of {chosen.batch_tokens} tokens: more would not fit")
+
+
+def _why_this_size(recipe: Recipe, place: Place, each: int, chosen: Fit) -> str:
+    larger = [size for size in _sizes(recipe, place, each) if size > chosen.micro_batch]
+    if not larger:
+        return (
+            "all of a step" if chosen.micro_batch == each else f"the largest divisor of {each} up to {LARGEST_ON_CPU}"
+        )
+    more = measured(recipe, place, replace(chosen, micro_batch=larger[-1]))
+    assert more.memory is not None, "the caller has asked"
+    return f"{larger[-1]} would need {more.memory.total:.1f} GiB"
+
+
+def _why_checkpointing(chosen: Fit, ways: Sequence[Fit]) -> str:
+    if not chosen.checkpointing:
+        return "off: activations fit"
+    best = max((way for way in ways if not way.checkpointing), key=lambda way: (way.fits, way.micro_batch))
+    if best.fits:
+        return f"on: without it, not more than micro-batch {best.micro_batch} fits"
+    assert best.memory is not None, "only an estimate can be too large"
+    return f"on: without it, micro-batch {best.micro_batch} needs {best.memory.total:.1f} GiB"
+
+
+def _why_this_form(place: Place, chosen: Fit, ways: Sequence[Fit]) -> str:
+    if chosen.dequantize and place.device == "cpu":
+        return "4-bit weights dequantised once: the CPU would do it in every pass"
+    if chosen.dequantize:
+        return "4-bit weights dequantised once: the same values, and they fit"
+    others = [way for way in ways if way.dequantize and way.memory is not None]
+    if not others or others[0].memory is None:
+        return "4-bit weights unpacked in every pass"
+    one = others[0]
+    needs = f"dequantised they need {others[0].memory.total:.1f} GiB at micro-batch {one.micro_batch}"
+    return f"4-bit weights unpacked in every pass: {needs}"
+
+
+def _too_large(recipe: Recipe, place: Place, smallest: Fit) -> str:
+    """Why a recipe does not fit, in numbers, and what would."""
+    memory = smallest.memory
+    assert memory is not None
+    assert memory.limit is not None, "without a limit, everything fits"
+    terms = f"weights {memory.weights:.1f}, trained {memory.trained:.1f}, activations {memory.activations:.1f}, other {memory.other:.1f}"
+    what = f"training with micro-batch {smallest.micro_batch}" if recipe.train else "scoring"
+    return (
+        f"{what} needs about {memory.total:.1f} GiB in each process ({terms}), and of the {place.memory_gib:.1f} GiB of "
+        f"{place.name or 'this machine'} it may fill {memory.limit:.1f}; {_advice(recipe, smallest)}"
+    )
+
+
+def _advice(recipe: Recipe, smallest: Fit) -> str:
+    changes = []
+    if recipe.train is not None and recipe.lora is None:
+        changes.append("give lora a rank instead of training all weights")
+    elif recipe.model.quantization != "nf4":
+        changes.append("set model.quantization to nf4")
+    if recipe.train is not None and smallest.micro_batch > 1:
+        changes.append("set train.micro_batch to auto")
+    if recipe.train is not None and recipe.train.gradient_checkpointing is False:
+        changes.append("set train.gradient_checkpointing to auto")
+    return f"{', or '.join([*changes, f'lower prompt.max_tokens ({recipe.prompt.max_tokens})'])}, or use a larger GPU"
+
+
+def lowered(recipe: Recipe, place: Place, each: int, before: Fit) -> Fit | None:
+    """What needs less memory than a choice that ran out of it; None where nothing is left to give up."""
+    batch_tokens = max(FEWEST_SCORED_TOKENS, before.batch_tokens // 2)
+    batch_tokens = min(batch_tokens, before.batch_tokens)
+    if before.micro_batch > 1:
+        size = next(size for size in divisors(each) if size <= before.micro_batch // 2)
+        choice = replace(before, micro_batch=size, batch_tokens=batch_tokens)
+    elif recipe.train is not None and not before.checkpointing:
+        packed = before.dequantize and place.device == "cpu"
+        choice = replace(before, checkpointing=True, dequantize=packed, batch_tokens=batch_tokens)
+    elif batch_tokens < before.batch_tokens:
+        choice = replace(before, batch_tokens=batch_tokens)
+    else:
+        return None
+    return choice if place.shape is None else measured(recipe, place, choice)

@@ -1,0 +1,279 @@
+"""Memory that a run needs, told from the model's shape before anything is loaded. docs/memory.md compares it with measured peaks.
+
+Bytes a token and layer were derived from what autograd keeps of Transformers' Llama layers with PEFT's linear layers,
+and agree with a count of the saved tensors to 1 % (tests/test_memory.py counts them).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from finllm.lengths import Batch
+from finllm.recipe import FOUR_BIT, Lora, Quantization
+from finllm.shapes import Shape
+from finllm.yamlfile import Spec
+
+GIB = 2**30
+CUDA_CONTEXT = 0.6 * GIB
+"""The driver's context with cuBLAS' and torch's kernels; not counted by torch. 0.4 to 0.7 GiB by kind of GPU."""
+CUDA_SLACK = 0.04
+"""Of what comes and goes: blocks that the caching allocator holds and cannot use."""
+CPU_BASE = 0.75 * GIB
+"""Resident before a model is loaded: torch, Transformers, TRL and scikit-learn (0.53 GiB without the last two)."""
+CPU_SLACK = 1.1
+"""Of what comes and goes: glibc keeps freed blocks. SmolLM2-135M, 599 tokens: 1.85 GiB resident for 0.88 in use."""
+TILE = 32_768
+"""Columns of the head that TRL computes at a time (trl/trainer/utils.py, add_fused_lm_head)."""
+STEP = 64
+"""finllm.fast fills ranks up to a multiple of this."""
+
+
+class Estimate(Spec):
+    """GiB of one GPU, or resident memory of one CPU process, at the worst moment of a run."""
+
+    weights: float
+    """Of the base model, in the form in which they are held."""
+    trained: float
+    """Weights that are trained (or LoRA factors), their gradients, copies and optimizer states."""
+    activations: float
+    """What the backward pass needs of the largest micro-batch; or a scoring batch, where that needs more."""
+    other: float
+    """The device's context or the libraries, and what an allocator cannot use."""
+    total: float
+    tokens: int
+    """Computed in the largest micro-batch."""
+    limit: float | None = None
+    """What may be filled; null where the machine's memory is not known."""
+
+    @property
+    def allocated(self) -> float:
+        """What torch.cuda.max_memory_allocated counts."""
+        return self.weights + self.trained + self.activations
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one process holds and trains a model."""
+
+    device: Literal["cuda", "cpu"]
+    dtype: Literal["bf16", "fp32"]
+    quantization: Quantization = "none"
+    double_quantization: bool = True
+    dequantize: bool = False
+    trains: bool = True
+    lora: Lora | None = None
+    """None trains all weights."""
+    optimizer: str = "adamw"
+    processes: int = 1
+    checkpointing: bool = False
+    hand_written: bool = False
+    """finllm.fast instead of autograd."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number in the arithmetic's type."""
+        return 2 if self.dtype == "bf16" else 4
+
+    @property
+    def all_weights(self) -> bool:
+        """Whether all weights are trained, and so held in fp32."""
+        return self.trains and self.lora is None
+
+    @property
+    def four_bit(self) -> bool:
+        """Whether weights are unpacked in every pass."""
+        return self.quantization in FOUR_BIT and not self.dequantize
+
+
+def estimate(shape: Shape, how: Setting, batch: Batch | None, scored: Batch, limit: float | None = None) -> Estimate:
+    """The peak of training on micro-batches up to `batch` and of scoring batches up to `scored`, or of scoring alone."""
+    held = weights(shape, how)
+    trained = trained_state(shape, how) if how.trains else 0.0
+    scoring = scoring_pass(shape, how, scored)
+    passing = scoring if batch is None else max(training_pass(shape, how, batch), scoring)
+    base, slack = (CUDA_CONTEXT, CUDA_SLACK) if how.device == "cuda" else (CPU_BASE, CPU_SLACK)
+    other = base + slack * passing
+    terms = [round(term / GIB, 3) for term in (held, trained, passing, other)]
+    return Estimate(
+        weights=terms[0],
+        trained=terms[1],
+        activations=terms[2],
+        other=terms[3],
+        total=round(sum(terms), 3),
+        tokens=batch.tokens if batch else scored.tokens,
+        limit=limit,
+    )
+
+
+def described(memory: Estimate, device: str) -> str:
+    """The estimate in one line: `about 16.2 GiB on each GPU, of 71.3 that may be filled: weights 13.5, ...`."""
+    limit = "" if memory.limit is None else f", of {memory.limit:.1f} that may be filled"
+    return (
+        f"about {memory.total:.1f} GiB on each {'GPU' if device == 'cuda' else 'process'}{limit}: "
+        f"weights {memory.weights:.1f}, trained {memory.trained:.1f}, activations {memory.activations:.1f}, "
+        f"other {memory.other:.1f}; {memory.tokens:,} tokens at a time"
+    )
+
+
+def weights(shape: Shape, how: Setting) -> float:
+    """Bytes of the base model's weights; those that are trained are fp32."""
+    if how.all_weights:
+        return 4.0 * shape.parameters
+    rest = how.size * (shape.embedding_parameters + shape.norm_parameters)  # bitsandbytes leaves head and embeddings
+    return rest + _linear_bytes(how) * shape.linear_parameters + _beside(shape, how)
+
+
+def _linear_bytes(how: Setting) -> float:
+    """Bytes for a weight of a linear layer."""
+    if how.four_bit:  # blocks of 64 share a scale: fp32, or 8 bits with an fp32 scale for 256 (QLoRA, section 3)
+        return 0.5 + (1 / 64 + 4 / (64 * 256) if how.double_quantization else 4 / 64)
+    return 1.0 if how.quantization == "int8" else float(how.size)
+
+
+def _beside(shape: Shape, how: Setting) -> float:
+    """finllm.fast keeps LoRA's second factors beside dense weights, or one unpacked layer."""
+    if not how.hand_written:
+        return 0.0
+    columns = sum(outputs * width for _, outputs, width in _stacks(shape, how.lora))
+    if how.four_bit:
+        return how.size * (shape.linear_parameters / shape.layers + columns)
+    return float(how.size * shape.layers * columns)
+
+
+def _stacks(shape: Shape, lora: Lora | None) -> list[tuple[int, int, int]]:
+    """Inputs, outputs and filled-up rank of the linear layers that finllm.fast computes together."""
+    stacks = []
+    for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+        rank = sum(lora.rank for name in names if lora and _targets(lora, name))
+        outputs = sum(shape.linears[name][1] for name in names)
+        stacks.append((shape.linears[names[0]][0], outputs, -(-rank // STEP) * STEP))
+    return stacks
+
+
+def _targets(lora: Lora, name: str) -> bool:
+    return lora.targets == "all-linear" or any(target.endswith(name) for target in lora.targets)
+
+
+def lora_parameters(shape: Shape, lora: Lora) -> int:
+    """Weights of the adapters: rank x (inputs + outputs) for each targeted layer."""
+    each = (lora.rank * sum(sizes) for name, sizes in shape.linears.items() if _targets(lora, name))
+    return shape.layers * sum(each)
+
+
+def trained_state(shape: Shape, how: Setting) -> float:
+    """Bytes of what is trained beyond the base weights: factors in fp32, gradients, optimizer, copies."""
+    states = {"adamw": 8, "adamw_8bit": 2 + 8 / 256}.get(
+        how.optimizer, 0.0
+    )  # paged: evicted to the host under pressure
+    buckets = 4 if how.processes > 1 else 0  # DDP's, one number for each gradient
+    if how.lora is None:
+        copies = 2 if how.dtype == "bf16" else 0  # autocast casts each weight once, and keeps it for the backward pass
+        return shape.parameters * (4 + states + buckets + copies)
+    if how.hand_written:  # fp32 factors and gradients, and both in bf16; first factors with their filling
+        filled = shape.layers * sum(inputs * width for inputs, _, width in _stacks(shape, how.lora))
+        second = lora_parameters(shape, how.lora) * 0.5
+        return (filled + second) * 2 * (4 + how.size) + lora_parameters(shape, how.lora) * states
+    copies = 2 if how.dtype == "bf16" else 0
+    return lora_parameters(shape, how.lora) * (4 + 4 + states + buckets + copies)
+
+
+def training_pass(shape: Shape, how: Setting, batch: Batch) -> float:
+    """Bytes that come and go with the largest micro-batch, at the beginning of its backward pass."""
+    layer = kept_by_hand(shape, how, batch) if how.hand_written else kept_by_autograd(shape, how, batch)
+    stream = how.size if how.hand_written or how.lora else 4  # fp32 weights make the residual stream fp32
+    entered = stream * shape.hidden * batch.tokens
+    kept = shape.layers * entered + layer if how.checkpointing else shape.layers * layer
+    return kept + 3 * entered + _going_back(shape, how, batch) + _head(shape, how, batch)
+
+
+def kept_by_autograd(shape: Shape, how: Setting, batch: Batch) -> float:
+    """Bytes that autograd keeps of one layer."""
+    e, tokens = how.size, batch.tokens
+    adapted = set(shape.linears) if how.lora is None else {n for n in shape.linears if _targets(how.lora, n)}
+    cast = how.dtype == "bf16" and (how.lora is None or not (how.quantization in FOUR_BIT and not how.dequantize))
+    norms = (
+        2 * 4 * shape.hidden * (1 if how.lora else 2)
+    )  # the input in fp32; the normalised one where gains are trained
+    inputs = 0
+    for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+        # PEFT casts the input of a dense layer to fp32 and autocast back, once for each layer: as many copies, as with
+        # weights in fp32. bitsandbytes' layers leave it as it is; then attention's own output serves o_proj.
+        readers = sum(name in adapted for name in names)
+        alone = names == ("o_proj",) and not (cast and how.lora) and not _on_padded_rows(how, batch)
+        copies = (readers if cast else min(readers, 1)) if not alone else 0
+        inputs += copies * shape.linears[names[0]][0]
+    mlp = 3 * shape.intermediate  # gate, its silu, up
+    rank = sum(how.lora.rank for _ in adapted) if how.lora else 0
+    each = norms + e * (inputs + mlp + rank) + 4 * shape.heads
+    return each * tokens + _kept_by_attention(shape, how, batch)
+
+
+def _on_padded_rows(how: Setting, batch: Batch) -> bool:
+    """Whether a stream's attention pads the rows: without bf16 there is no kernel for segments."""
+    return bool(batch.shared) and (how.device == "cpu" or how.dtype == "fp32")
+
+
+def _kept_by_attention(shape: Shape, how: Setting, batch: Batch) -> float:
+    """Bytes of queries, keys, values and output that attention keeps."""
+    e, queries, keys = how.size, shape.queries, shape.keys
+    if not batch.shared:  # with a mask, Transformers repeats the key heads on a GPU
+        heads = 2 * queries if how.device == "cuda" else 2 * keys
+        return float(e * batch.tokens * (2 * queries + heads))
+    if not _on_padded_rows(how, batch):  # finllm.shared_prefix.on_segments
+        return float(e * (2 * queries * batch.tokens + 2 * keys * batch.keys))
+    # on_padded_rows: rows and their keys padded; of the instruction's pass whole tensors, since slices are views
+    wide = queries if how.device == "cuda" else keys
+    padded = batch.rows * batch.longest
+    rows = 2 * queries * padded + 2 * wide * (padded + batch.rows * batch.shared)
+    return float(e * (rows + batch.tokens * (queries + 2 * wide) + batch.shared * queries))
+
+
+def kept_by_hand(shape: Shape, how: Setting, batch: Batch) -> float:
+    """Bytes that finllm.fast.layers.Kept holds of one layer: inputs of stacks with their product with the first factor."""
+    numbers = (
+        2 * shape.hidden  # x, middle
+        + (shape.queries + 2 * shape.keys)  # qkv
+        + 2 * shape.intermediate  # gate and up
+        + sum(inputs + width for inputs, _, width in _stacks(shape, how.lora))  # both norms' outputs, attended, gated
+    )
+    return float((how.size * numbers + 4 * (shape.heads + 2)) * batch.tokens)
+
+
+def _going_back(shape: Shape, how: Setting, batch: Batch) -> float:
+    """Bytes of gradients on the way through one feed-forward block, and of a weight unpacked for it."""
+    e = how.size
+    if how.hand_written:  # into gated (with its rank), gate and up take the place of what was kept
+        return e * batch.tokens * (shape.intermediate + 3 * shape.hidden + STEP)
+    cast = 4 * shape.intermediate if e == 2 and not how.four_bit else 0  # PEFT's fp32 copy of down_proj's input
+    unpacked = e * shape.hidden * shape.intermediate if how.quantization != "none" and not how.dequantize else 0
+    return float(batch.tokens * (e * (4 * shape.intermediate + 2 * shape.hidden) + cast) + unpacked)
+
+
+def _head(shape: Shape, how: Setting, batch: Batch) -> float:
+    """Bytes of logits of the answers, with their softmax and gradient, in fp32."""
+    if how.hand_written:
+        return batch.answers * shape.vocabulary * (4 + 4 + how.size)
+    if how.device == "cpu" and batch.shared:
+        return 3 * 4 * batch.answers * shape.vocabulary
+    rows = batch.answers if how.device == "cuda" else batch.tokens  # TRL's head leaves rows out on a GPU only
+    return 3 * 4 * min(rows, 4096) * min(TILE, shape.vocabulary)
+
+
+def scoring_pass(shape: Shape, how: Setting, batch: Batch) -> float:
+    """Bytes that come and go with a batch of prompts that are scored: no gradients, one layer at a time."""
+    e = how.size
+    logits = 2 * 4 * batch.rows * shape.vocabulary
+    if _scored_by_hand(shape, how):
+        return kept_by_hand(shape, how, batch) + e * shape.hidden * batch.tokens + logits
+    caches = 2 * e * shape.layers * shape.keys * (batch.tokens + batch.rows * batch.shared)
+    block = batch.tokens * (e * (4 * shape.intermediate + 4 * shape.hidden) + 4 * shape.intermediate * (e == 2))
+    return float(caches + block + logits)
+
+
+def _scored_by_hand(shape: Shape, how: Setting) -> bool:
+    """Whether finllm.scoring uses the hand-written passes: on every GPU, for the models that they know."""
+    known = how.quantization == "none" or how.dequantize or how.quantization == "nf4"
+    return how.device == "cuda" and shape.kind in HAND_WRITTEN_KINDS and known and how.dtype == "bf16"
+
+
+HAND_WRITTEN_KINDS = frozenset({"llama", "mistral"})
+"""Types of models whose layers finllm.fast knows, as in finllm.fast.support, which needs torch."""
