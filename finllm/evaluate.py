@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -14,6 +14,7 @@ from finllm import baselines, data, models, predictions, report, scoring, tracki
 from finllm.data import Parts
 from finllm.errors import DataError, FinllmError, RecipeError, RunError
 from finllm.example import LABELS, SPLITS, Example
+from finllm.exhaustion import cause_of
 from finllm.journal import history
 from finllm.plan import Plan, Rows
 from finllm.predictions import Answers
@@ -33,14 +34,15 @@ def main(arguments: list[str]) -> int:
         return 2
     models.quiet_libraries()
     run = Run(Path(arguments[0]).absolute())
+    run.progress.unlink(missing_ok=True)  # of the stage or the attempt before
     try:
         evaluate(run)
     except FinllmError as error:
         _failed(run, str(error))
         print(error, file=sys.stderr, flush=True)
         return 2 if isinstance(error, RecipeError | DataError) else 1
-    except BaseException:  # the process boundary: the run folder must say why
-        _failed(run, traceback.format_exc())
+    except BaseException as error:  # the process boundary: the run folder must say why
+        _failed(run, traceback.format_exc(), cause_of(error))
         raise
     return 0
 
@@ -106,9 +108,7 @@ def _answers(
     answers = [prompter.answers[label] for label in LABELS]
     began = time.monotonic()
     with steps(f"scoring with the {key} model", len(examples), "text", run) as counter:
-        rows = scoring.score(
-            model, [p.ids for p in prompts], answers, batch_tokens=plan.recipe.evaluation.batch_tokens, steps=counter
-        )
+        rows = scoring.score(model, [p.ids for p in prompts], answers, batch_tokens=plan.batch_tokens, steps=counter)
     seconds = time.monotonic() - began
     shares = scoring.probabilities(rows)
     return Answers(key, name, seconds, predictions.of(examples, shares, [p.truncated for p in prompts]))
@@ -156,9 +156,9 @@ def _figures(scores: Scores) -> dict[str, float]:
     }
 
 
-def _failed(run: Run, why: str) -> None:
+def _failed(run: Run, why: str, cause: Literal["", "out of memory"] = "") -> None:
     if run.folder.is_dir():
-        replace(Progress.of(run) or Progress("evaluating"), error=why, outcome="failed").save(run)
+        replace(Progress.of(run) or Progress("evaluating"), error=why, outcome="failed", cause=cause).save(run)
 
 
 def _done(run: Run) -> None:

@@ -45,7 +45,7 @@ class Steps:
         """Put the present state into the run folder."""
         self._written = time.monotonic()
         seconds = round(self._written - self._began, 2)
-        if self._run is not None:
+        if self._run is not None and not _failed(self._run):
             Progress(
                 stage=self._stage, done=self._done, first=self._first, total=self._total, unit=self._unit,
                 seconds=seconds, loss=self._loss,
@@ -56,6 +56,12 @@ class Steps:
         if self._bar is not None:
             self._bar.close()
         self.write()
+
+
+def _failed(run: Run) -> bool:
+    """Whether another process of this stage has noted why it failed; that must stay."""
+    said = Progress.of(run)
+    return said is not None and said.outcome == "failed"
 
 
 @contextmanager

@@ -169,6 +169,8 @@ class State:
     ended: str = ""
     error: str = ""
     """Last line of what went wrong."""
+    note: str = ""
+    """What the launcher changed in the plan on the way, because memory ran out."""
 
     def with_(self, **changes: Any) -> Self:
         """The state after these changes."""
@@ -203,6 +205,8 @@ class Progress:
     """What went wrong, with its traceback, where the work failed."""
     outcome: Literal["", "done", "stopped", "failed"] = ""
     """How the stage ended; `accelerate launch` does not pass a worker's exit status on."""
+    cause: Literal["", "out of memory"] = ""
+    """Why it failed, where something can be done about that without a person."""
 
     @property
     def seconds_left(self) -> float | None:

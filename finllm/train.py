@@ -9,10 +9,12 @@ import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finllm import data, machine, models
 from finllm.errors import DataError, FinllmError, RecipeError, RunError
+from finllm.exhaustion import cause_of
+from finllm.lengths import lengths_of
 from finllm.plan import Plan, Rows, decide
 from finllm.recipe import load
 from finllm.run import Progress, Run, create
@@ -37,7 +39,8 @@ def main(arguments: list[str]) -> int:
     except FinllmError as error:
         return _failed(run, str(error), "", 1, is_main=is_main)
     except BaseException as error:  # the process boundary: the run folder must say why
-        _failed(run, f"{type(error).__name__}: {error}", traceback.format_exc(), 1, is_main=is_main)
+        said = f"{type(error).__name__}: {error}"
+        _failed(run, said, traceback.format_exc(), 1, is_main=is_main, cause=cause_of(error))
         raise
     if is_main:
         _say_the_end(run, stopped_by)
@@ -59,6 +62,8 @@ def _prepare(given: Path, overrides: tuple[str, ...], processes: Any) -> tuple[R
 
     if (given / "plan.json").is_file():
         run = Run(given.absolute())
+        if processes.is_main_process:
+            run.progress.unlink(missing_ok=True)  # of an attempt before
         return run, _checked(Plan.of(run), processes)
     made: list[str | FinllmError | None] = [None]
     if processes.is_main_process:
@@ -90,6 +95,7 @@ def _make_run(given: Path, overrides: tuple[str, ...], processes: Any) -> Run:
         source=str(given),
         overrides=overrides,
         processes=processes.num_processes,
+        texts=lengths_of(parts.train),
     )
     plan.save(run)
     print(f"run folder: {run.folder}", flush=True)
@@ -114,10 +120,14 @@ def _train(run: Run, plan: Plan, processes: Any) -> str | None:
     return train(run, plan, stop, rank=rank, local_rank=local_rank)
 
 
-def _failed(run: Run | None, message: str, trace: str, status: int, *, is_main: bool) -> int:
-    if run is not None and is_main:
+def _failed(
+    run: Run | None, message: str, trace: str, status: int, *, is_main: bool, cause: Literal["", "out of memory"] = ""
+) -> int:
+    """Note it in the run folder; the process that ran out of memory does so itself, and what others say then is noise."""
+    if run is not None and (is_main or cause):
         now = Progress.of(run) or Progress("training")
-        replace(now, error=trace or message, outcome="failed").save(run)
+        if not now.cause:
+            replace(now, error=trace or message, outcome="failed", cause=cause).save(run)
     if is_main or trace:
         print(message, file=sys.stderr, flush=True)
     return status

@@ -17,8 +17,9 @@ from typing import Literal, get_args
 
 from finllm.errors import RunError
 from finllm.plan import Plan
-from finllm.run import Progress, Run, State, Status, write_text
+from finllm.run import Progress, Run, State, Status, write_json, write_text
 from launch import tether
+from launch.lowering import ADVICE, lowered
 from launch.show import Silent, Tail, View, called
 
 Stage = Literal["train", "evaluate"]
@@ -26,6 +27,8 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 WAITING = "PASSIVE"
 """For OMP_WAIT_POLICY: threads that spin while they wait take the core that the others wait for, where other programs
 run too. Two threads beside another busy process: 2.1 s instead of 12 s for a forward pass of SmolLM2 over 1,024 tokens."""
+OTHERS_SECONDS = 15.0
+"""In which the processes of a run in which one ran out of memory may end by themselves."""
 SAME_KEYPRESS_SECONDS = 0.5
 """Wrappers such as `uv run` pass Ctrl-C on although it has arrived already; two within this time are one."""
 ERROR_LINE = r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b"
@@ -87,9 +90,7 @@ class _Supervisor:
             pid=os.getpid(), pid_started=tether.start_ticks(os.getpid()), started=now(), ended="", error="",
         )  # fmt: skip
         for stage in self._left(stages):
-            # 128 + SIGTERM stands for a stage that was not begun because somebody wanted the run to stop
-            status = 128 + signal.SIGTERM if self._stop_asked() else self._work(stage)
-            end = self._end_of(stage, status)
+            end = self._tried(stage)
             if end != "done":
                 return self._ended(end)
         return self._ended("done")
@@ -101,6 +102,35 @@ class _Supervisor:
             self._say("the training is complete already; going on after it")
             left.remove("train")
         return left
+
+    def _tried(self, stage: Stage) -> Status:
+        """Run one stage, with ever lower plans while memory runs out; returns what it means for the run."""
+        while True:
+            # 128 + SIGTERM stands for a stage that was not begun because somebody wanted the run to stop
+            status = 128 + signal.SIGTERM if self._stop_asked() else self._work(stage)
+            end = self._end_of(stage, status)
+            if end != "failed" or not self._out_of_memory() or not self._lower(stage):
+                return end
+
+    def _lower(self, stage: Stage) -> bool:
+        """Put a plan for less memory into the run folder, beside the one before; False where there is none."""
+        found = lowered(self._plan, stage)
+        if found is None:
+            return False
+        before = self._state.attempt
+        write_text(self._run.folder / f"plan-attempt{before}.json", self._run.plan.read_text(encoding="utf-8"))
+        self._plan, changes = found
+        write_json(self._run.plan, self._plan.model_dump(mode="json"))
+        kept = self._run.complete_checkpoints() if stage == "train" else []
+        start = kept[-1].name if kept else "the beginning"
+        note = f"attempt {before} ran out of memory; now {changes}"
+        self._say(f"{note}; from {start}")
+        self._change(attempt=before + 1, note=note)
+        return True
+
+    def _out_of_memory(self) -> bool:
+        progress = Progress.of(self._run)
+        return progress is not None and progress.cause == "out of memory"
 
     def _work(self, stage: Stage) -> int:
         """Run one stage; returns its exit status, 128 + N where signal N ended it."""
@@ -115,6 +145,8 @@ class _Supervisor:
             while child.poll() is None:
                 if self._stop_asked():
                     self._stop()
+                elif self._out_of_memory():  # the others would wait for the process that has gone
+                    tether.end(self._mark, OTHERS_SECONDS)
                 self._show()
                 time.sleep(tether.POLL_SECONDS)
             tether.end(self._mark, 0)  # where somebody has killed the tether
@@ -182,6 +214,8 @@ class _Supervisor:
 
     def _ended(self, status: Status) -> State:
         error = last_error(self._run, self._log_start, self._killed_by) if status == "failed" else ""
+        if status == "failed" and self._out_of_memory():
+            error = f"{error}; {ADVICE}"
         self._change(status=status, ended=now(), error=error)
         self._say(f"{status}{': ' + error if error else ''}, {now()}")
         self._show()

@@ -121,7 +121,7 @@ def _validation(model: Any, parts: Parts, prompter: Prompter, plan: Plan, engine
                 model,
                 prompts[rank::processes],
                 answers,
-                batch_tokens=plan.recipe.evaluation.batch_tokens,
+                batch_tokens=plan.batch_tokens,
                 engine=engine,
             )
         rows = np.zeros((len(prompts), len(LABELS)))
