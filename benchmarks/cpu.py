@@ -138,8 +138,9 @@ def _row(
 def _work(task: str, model: str, sentences: int, peer: dict[str, Any]) -> dict[str, Any]:
     """Tokens that both put through the layers, and the ratio of their multiplications, which speed cannot exceed alone.
 
-    A pass multiplies a token with every weight: 2 passes in training (3 where the peer computes activations again). The
-    head is apart: we apply it to answer tokens, TRL on a CPU to all of them in 3 passes, lm-eval to all.
+    A pass multiplies a token with every weight: 2 passes in training (3 where the peer computes activations again). We
+    apply the head, and the last layer but for keys and values, where an answer is predicted; TRL on a CPU applies the
+    head everywhere in 3 passes, lm-eval everywhere.
     """
     import contestants
     import same_training
@@ -152,7 +153,10 @@ def _work(task: str, model: str, sentences: int, peer: dict[str, Any]) -> dict[s
     from finllm.training.batches import encode, stream
 
     loaded = contestants.model(model)
-    layers = sum(m.weight.numel() for m in loaded.model.get_decoder().modules() if isinstance(m, nn.Linear))
+    weights = {n: m.weight.numel() for n, m in loaded.model.named_modules() if isinstance(m, nn.Linear)}
+    layers = sum(count for name, count in weights.items() if ".layers." in name)
+    last = f".layers.{loaded.model.config.num_hidden_layers - 1}."
+    read = sum(n for name, n in weights.items() if last in name and not name.endswith(("k_proj", "v_proj")))
     head = loaded.model.get_output_embeddings().weight.numel()
     rows = encode(same_training.examples(sentences), Prompter(loaded.tokenizer, Prompt()))
     if task == "train":
@@ -161,7 +165,7 @@ def _work(task: str, model: str, sentences: int, peer: dict[str, Any]) -> dict[s
         tokens = sum(stream(step)["input_ids"].numel() for step in steps)
         padded = _padded([len(r.prompt) + len(r.answer) for r in rows], peer["micro_batch"])
         answers = sum(len(row.answer) for row in rows)
-        ours = tokens * layers * 2 + answers * head * 2
+        ours = 2 * (tokens * (layers - read) + answers * (read + head))
         passes = 3 if peer.get("gradient_checkpointing", True) else 2
         theirs = padded * layers * passes + (padded - len(rows)) * head * 3
     else:
@@ -170,7 +174,7 @@ def _work(task: str, model: str, sentences: int, peer: dict[str, Any]) -> dict[s
         batches = list(_batches(own, 0, MOST_ON_CPU))
         tokens = shared + sum(len(batch) * max(own[i] for i in batch) for batch in batches)
         padded = _padded(sorted((len(row.prompt) for row in rows), reverse=True), peer["batch_size"])
-        ours = tokens * layers + len(rows) * head
+        ours = tokens * (layers - read) + len(rows) * (read + head)
         theirs = padded * (layers + head)
     return {"tokens": tokens, "peer_tokens": padded, "limit_ratio": round(theirs / ours, 2)}
 
