@@ -250,11 +250,12 @@ def _too_large(recipe: Recipe, place: Place, smallest: Fit) -> str:
     what = f"training with micro-batch {smallest.micro_batch}" if recipe.train else "scoring"
     return (
         f"{what} needs about {memory.total:.1f} GiB in each process ({terms}), and of the {place.memory_gib:.1f} GiB of "
-        f"{place.name or 'this machine'} it may fill {memory.limit:.1f}; {_advice(recipe, smallest)}"
+        f"{place.name or 'this machine'} it may fill {memory.limit:.1f}; {_advice(recipe, place, smallest)}"
     )
 
 
-def _advice(recipe: Recipe, smallest: Fit) -> str:
+def _advice(recipe: Recipe, place: Place, smallest: Fit) -> str:
+    larger = "a larger GPU" if place.device == "cuda" else "a machine with more memory"
     changes = []
     if recipe.train is not None and recipe.lora is None:
         changes.append("give lora a rank instead of training all weights")
@@ -264,7 +265,7 @@ def _advice(recipe: Recipe, smallest: Fit) -> str:
         changes.append("set train.micro_batch to auto")
     if recipe.train is not None and recipe.train.gradient_checkpointing is False:
         changes.append("set train.gradient_checkpointing to auto")
-    return f"{', or '.join([*changes, f'lower prompt.max_tokens ({recipe.prompt.max_tokens})'])}, or use a larger GPU"
+    return ", or ".join([*changes, f"lower prompt.max_tokens ({recipe.prompt.max_tokens})", f"use {larger}"])
 
 
 def lowered(recipe: Recipe, place: Place, each: int, before: Fit) -> Fit | None:

@@ -109,7 +109,7 @@ class _Supervisor:
             # 128 + SIGTERM stands for a stage that was not begun because somebody wanted the run to stop
             status = 128 + signal.SIGTERM if self._stop_asked() else self._work(stage)
             end = self._end_of(stage, status)
-            if end != "failed" or not self._out_of_memory() or not self._lower(stage):
+            if end != "failed" or self._stop_asked() or not self._out_of_memory() or not self._lower(stage):
                 return end
 
     def _lower(self, stage: Stage) -> bool:

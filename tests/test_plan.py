@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 
 from finllm import machine
 from finllm.errors import RecipeError, RunError
+from finllm.lengths import Lengths
 from finllm.machine import Gpu, Machine
 from finllm.plan import Plan, Rows, accelerate_yaml, decide, recipe_yaml
 from finllm.recipe import Recipe, load
@@ -131,6 +132,145 @@ def test_arithmetic_follows_the_device(
     """bf16 where every GPU has it."""
     found = plan(tmp_path, *overrides, here=here)
     assert (found.device, found.dtype) == expected
+
+
+MISTRAL = """
+model: {name: mistralai/Mistral-7B-v0.1, quantization: nf4}
+data: sample
+train: {method: sft, global_batch: 32}
+"""
+TEXTS = Lengths(texts=3382, mean=38, deviation=15, longest=184)
+"""About PhraseBank's."""
+
+
+def planned(folder: Path, gpu: str, *overrides: str, text: str = MISTRAL) -> Plan:
+    wanted = recipe(folder, *([f"resources.gpu={gpu}"] if gpu else []), *overrides, text=text)
+    rows = Rows(train=3382, validation=480, test=970)
+    return decide(wanted, here=CPU, rows=rows, folder=folder / "run", source="r.yaml", texts=TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "overrides", "expected"),
+    [
+        ("h200-141gb", [], (32, False, True)),
+        ("a100-80gb", [], (32, False, True)),
+        ("l4-24gb", [], (16, False, True)),
+        ("l4-24gb", ["train.hand_written=off"], (8, False, True)),
+        ("l4-24gb", ["train.global_batch=4"], (4, False, True)),
+        ("t4-16gb", [], (32, True, False)),
+        ("a100-40gb", ["train.shared_prefix=off"], (8, False, True)),
+        ("a100-80gb", ["train.gradient_checkpointing=true"], (32, True, False)),
+        ("a100-80gb", ["train.micro_batch=2"], (2, False, True)),
+        ("a100-80gb", ["model.quantization=none"], (32, False, False)),
+        ("l4-24gb", ["model.quantization=none"], (16, False, False)),
+        ("", ["model.name=smollm2-135m"], (16, False, True)),
+        ("", ["model.name=smollm2-135m", "train.gradient_checkpointing=true"], (16, True, True)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value if isinstance(value, str) else "",
+)
+def test_what_fits_is_chosen(tmp_path: Path, gpu: str, overrides: list[str], expected: tuple[int, bool, bool]) -> None:
+    """Micro-batch, checkpointing, dequantised: the fastest that the memory holds, and what the recipe sets stays."""
+    found = planned(tmp_path, gpu, *overrides)
+    assert (found.micro_batch, found.gradient_checkpointing, found.dequantize) == expected
+    assert found.micro_batch * found.accumulation == (4 if "train.global_batch=4" in overrides else 32)
+    assert found.memory is not None
+    assert found.memory.limit is None or found.memory.total <= found.memory.limit
+    parts = found.memory.weights + found.memory.trained + found.memory.activations + found.memory.other
+    assert found.memory.total == pytest.approx(parts)
+
+
+def test_a_micro_batch_is_the_largest_that_fits(tmp_path: Path) -> None:
+    """The next larger one, forced, is refused; memory grows with it."""
+    found = planned(tmp_path, "l4-24gb")
+    assert any(reason.startswith("micro-batch 16: 32 would need ") for reason in found.reasons)
+    with pytest.raises(RecipeError, match=r"may fill 19\.8; .*set train\.micro_batch to auto"):
+        planned(
+            tmp_path, "l4-24gb", "train.micro_batch=32", "train.gradient_checkpointing=false", "model.quantization=none"
+        )
+
+
+@pytest.mark.parametrize(
+    ("gpu", "overrides", "said"),
+    [
+        (
+            "a100-80gb",
+            ["model.quantization=none", "lora=null"],
+            r"with micro-batch 1 needs about 12\d\.\d GiB .*\(weights 27\.0, trained 9\d\.\d, .*fill 71\.3; give lora a rank",
+        ),
+        (
+            "t4-16gb",
+            ["model.quantization=none"],
+            r"weights 27\.0, .* it may fill 13\.1; set model\.quantization to nf4",
+        ),
+        ("t4-16gb", ["train=null", "model.quantization=none"], r"scoring needs about 2\d\.\d GiB"),
+        (
+            "t4-16gb",
+            ["train.gradient_checkpointing=false", "train.micro_batch=32"],
+            r"set train\.micro_batch to auto, or set train\.gradient_checkpointing to auto",
+        ),
+    ],
+    ids=["all weights of 7B on 80 GB", "fp32 on 16 GB", "scoring in fp32 on 16 GB", "too much wanted"],
+)
+def test_what_cannot_fit_is_refused_with_numbers(tmp_path: Path, gpu: str, overrides: list[str], said: str) -> None:
+    """What it needs by terms, what there is, and what to change."""
+    with pytest.raises(RecipeError, match=said):
+        planned(tmp_path, gpu, *overrides)
+
+
+def test_several_gpus_and_their_smallest_memory_count(tmp_path: Path) -> None:
+    """Each process has its share of the batch, and DDP's buckets."""
+    small = Gpu("NVIDIA A10", 22.0, 8.6)
+    wanted = recipe(tmp_path, text=MISTRAL)
+    both = decide(wanted, here=Machine((H100, small), 8), rows=None, folder=tmp_path / "r", source="r", texts=TEXTS)
+    assert both.memory is not None
+    assert both.memory.limit == pytest.approx(0.9 * 22.0)
+    assert both.processes * both.micro_batch * both.accumulation == 32
+
+
+def test_a_model_of_unknown_shape_is_planned_by_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the plan says."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    found = planned(tmp_path, "a100-80gb", "model.name=someone/something")
+    assert found.memory is None
+    assert (found.micro_batch, found.gradient_checkpointing, found.dequantize) == (16, True, False)
+    assert "memory not estimated: the shape of someone/something is not known before it is loaded" in found.reasons
+
+
+def test_without_texts_prompts_are_taken_to_be_as_long_as_allowed(tmp_path: Path) -> None:
+    """A dry run where the data would have to be fetched."""
+    wanted = recipe(tmp_path, "resources.gpu=a100-80gb", text=MISTRAL)
+    found = decide(wanted, here=CPU, rows=None, folder=tmp_path / "run", source="r.yaml")
+    assert found.memory is not None
+    assert found.memory.tokens > 400 * found.micro_batch
+    assert "texts not at hand: memory is for prompts of 512 tokens" in found.reasons
+
+
+def test_scoring_batches_are_smaller_where_they_would_not_fit(tmp_path: Path) -> None:
+    """A T4 has no bf16, and half the room is the model's."""
+    assert planned(tmp_path, "a100-80gb").batch_tokens == 16_384
+    found = planned(tmp_path, "t4-16gb")
+    assert found.batch_tokens == 8192
+    assert "scoring batches of 8192 tokens: more would not fit" in found.reasons
+
+
+def test_a_cpu_with_little_memory_gets_a_smaller_micro_batch(tmp_path: Path) -> None:
+    """Its processes share it; where even one example is too much, the plan says so and tries."""
+    wanted = recipe(tmp_path, "train.global_batch=16")
+
+    def on(gib: float) -> Plan:
+        rows = Rows(train=100, validation=10, test=20)
+        here = Machine((), 2, gib)
+        return decide(wanted, here=here, rows=rows, folder=tmp_path / "run", source="r.yaml", texts=TEXTS)
+
+    assert (on(8).micro_batch, on(8).gradient_checkpointing) == (16, False)
+    assert (on(4).micro_batch, on(4).gradient_checkpointing) == (8, False)
+    assert (on(3).micro_batch, on(3).gradient_checkpointing) == (16, True)
+    assert any("needs about" in reason for reason in on(1).reasons)
+
+
+def test_memory_of_this_machine_is_known() -> None:
+    """From the system or the control group."""
+    assert 0.5 < (machine.here().memory_gib or 0) < 100_000
 
 
 def test_processes_that_are_started_already_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -256,6 +396,7 @@ def test_a_dry_run_is_quick_and_light(tmp_path: Path) -> None:
         seconds.append(time.monotonic() - began)
         assert (answer.returncode, answer.stderr) == (0, "")
     assert "steps    75" in answer.stdout
+    assert "memory   about " in answer.stdout
     assert "finllm.train" in answer.stdout
     assert not (tmp_path / "runs").exists()
     assert min(seconds) < 2, seconds
