@@ -7,6 +7,7 @@ python benchmarks/table.py --check   # exit 1 if README differs from what would 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +26,27 @@ def times(value: float) -> str:
     return f"{number(value)} times"
 
 
-FILES = {"h200_sft.json": share, "h200_scoring.json": share, "cpu.json": times}
-"""What a row's `limit_ratio` means in each file."""
+FILES = {
+    "h200_sft.json": ("H200, training", share),
+    "h200_scoring.json": ("H200, scoring", share),
+    "cpu.json": ("CPU", times),
+}
+"""What was measured, and what a row's `limit_ratio` means there."""
 
 
 def table(results: Path) -> str:
     """A line for each row of the files that are there, but for systems that failed to run."""
     lines = ["| " + " | ".join(HEAD) + " |", "| --- | --- | ---: | ---: | --- | ---: | ---: |"]
-    for name in FILES:
+    for name, (where, told) in FILES.items():
         if (results / name).is_file():
             rows = json.loads((results / name).read_text(encoding="utf-8"))
-            lines += [line(name, row) for row in rows if row.get("examples_per_s")]
+            lines += [line(row, where, told) for row in rows if row.get("examples_per_s")]
     return "\n".join(lines)
 
 
-def line(file: str, row: dict[str, Any]) -> str:
-    where = Path(file).stem.split("_", maxsplit=1)[0].upper()
+def line(row: dict[str, Any], where: str, told: Callable[[float], str]) -> str:
     ratio = "" if row["ratio"] is None else number(row["ratio"])
-    limit = "" if row["limit_ratio"] is None else FILES[file](row["limit_ratio"])
+    limit = "" if row["limit_ratio"] is None else told(row["limit_ratio"])
     cells = [where, row["name"], number(row["examples_per_s"]), number(row["peak_gib"]), row["peer"] or ""]
     return "| " + " | ".join([*cells, ratio, limit]) + " |"
 
