@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
-HEAD = ("where", "what", "examples/s", "peak GiB", "against", "times as fast", "limit of arithmetic")
+HEAD = ("where", "what", "examples/s", "peak GiB", "against", "times as fast", "limit")
 
 
 def share(value: float) -> str:
