@@ -14,9 +14,9 @@ from finllm.yamlfile import Spec
 
 GIB = 2**30
 CUDA_CONTEXT = 0.6 * GIB
-"""The driver's context with cuBLAS' and torch's kernels; not counted by torch. 0.4 to 0.7 GiB by kind of GPU."""
+"""The driver's context with the kernels of torch and cuBLAS, which torch does not count: assumed, not measured."""
 CUDA_SLACK = 0.04
-"""Of what comes and goes: blocks that the caching allocator holds and cannot use."""
+"""Of what comes and goes: blocks that the caching allocator holds and cannot use; assumed, not measured."""
 CPU_BASE = 1.0 * GIB
 """Resident whatever the model: torch, Transformers, TRL and scikit-learn, and what glibc keeps of loading them."""
 CPU_SLACK = 0.5
