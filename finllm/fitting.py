@@ -7,7 +7,7 @@ from typing import Literal
 from finllm import choices
 from finllm.errors import RecipeError
 from finllm.lengths import Batch, Lengths, instruction_tokens, largest_batch
-from finllm.memory import HAND_WRITTEN_KINDS, Estimate, Setting, estimate
+from finllm.memory import HAND_WRITTEN_KINDS, Estimate, Setting, estimate, scored_by_hand
 from finllm.recipe import FOUR_BIT, Recipe
 from finllm.shapes import Shape
 
@@ -21,6 +21,8 @@ LARGEST_ON_CPU = 16
 LARGEST_UNKNOWN = 16
 """Examples in a micro-batch where the memory that they need is not known."""
 FEWEST_SCORED_TOKENS = 1024
+MOST_BY_HAND = 8192
+"""Tokens in a scoring pass of the hand-written passes: MOST_TOKENS of finllm.fast.engine, which needs torch."""
 MULTIPLE = {"cpu": 1, "cuda": 64}
 """Tokens of a stream are a multiple of this, as in finllm.training.sharing."""
 
@@ -97,7 +99,9 @@ def measured(recipe: Recipe, place: Place, choice: Fit) -> Fit:
                 recipe.prompt, place.texts, rows=choice.micro_batch, shares=shares, epochs=recipe.train.epochs,
                 multiple=MULTIPLE[place.device] if shares else 1,
             )  # fmt: skip
-        how, scored = _setting(recipe, place, choice), _scored(recipe, place, choice.batch_tokens)
+        how = _setting(recipe, place, choice)
+        most = MOST_BY_HAND if scored_by_hand(place.shape, how) else choice.batch_tokens
+        scored = _scored(recipe, place, min(choice.batch_tokens, most))
         found = replace(choice, memory=estimate(place.shape, how, batch, scored, place.limit))
         alone = replace(choice, memory=estimate(place.shape, how, None, scored, place.limit))
         if alone.fits or choice.batch_tokens < 2 * FEWEST_SCORED_TOKENS:

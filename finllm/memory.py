@@ -262,14 +262,14 @@ def scoring_pass(shape: Shape, how: Setting, batch: Batch) -> float:
     """Bytes that come and go with a batch of prompts that are scored: no gradients, one layer at a time."""
     e = how.size
     logits = 2 * 4 * batch.rows * shape.vocabulary
-    if _scored_by_hand(shape, how):
+    if scored_by_hand(shape, how):
         return kept_by_hand(shape, how, batch) + e * shape.hidden * batch.tokens + logits
     caches = 2 * e * shape.layers * shape.keys * (batch.tokens + batch.rows * batch.shared)
     block = batch.tokens * (e * (4 * shape.intermediate + 4 * shape.hidden) + 4 * shape.intermediate * (e == 2))
     return float(caches + block + logits)
 
 
-def _scored_by_hand(shape: Shape, how: Setting) -> bool:
+def scored_by_hand(shape: Shape, how: Setting) -> bool:
     """Whether finllm.scoring uses the hand-written passes: on every GPU, for the models that they know."""
     known = how.quantization == "none" or how.dequantize or how.quantization == "nf4"
     return how.device == "cuda" and shape.kind in HAND_WRITTEN_KINDS and known and how.dtype == "bf16"

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from finllm import data, shapes
+from finllm import data, memory, shapes
 from finllm.data.sample import Sample
 from finllm.example import Example
 from finllm.lengths import Batch, Lengths, largest_batch, lengths_of, pieces
+from finllm.machine import Machine
 from finllm.memory import (
     GIB,
     Setting,
@@ -22,7 +23,8 @@ from finllm.memory import (
     training_pass,
     weights,
 )
-from finllm.recipe import Lora, Model, Prompt
+from finllm.plan import Rows, decide
+from finllm.recipe import Lora, Model, Prompt, load
 from finllm.shapes import Shape, from_config, shape_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -317,6 +319,42 @@ def test_hand_written_passes_keep_what_their_layers_hold() -> None:
     batch = Batch(8, 3, 3, stream.tokens)
     how = Setting("cpu", "fp32", lora=Lora(rank=64), hand_written=True)
     assert kept_by_hand(shape, how, batch) == pytest.approx(held, rel=0.01)
+
+
+def test_light_modules_agree_with_those_that_need_torch() -> None:
+    """Constants that stand in two places, so that a plan is made without torch."""
+    from finllm import fitting
+    from finllm.fast import engine, support
+    from finllm.training import sharing
+
+    assert fitting.MOST_BY_HAND == engine.MOST_TOKENS
+    assert fitting.MULTIPLE == sharing.MULTIPLE
+    assert support.MODELS == memory.HAND_WRITTEN_KINDS
+
+
+def test_the_plans_of_the_h200_benchmark_are_near_its_peaks(shared_data: Path, tmp_path: Path) -> None:
+    """Whole runs of the command and of TRL's trainer, recorded with their peaks; estimated from the recipe alone."""
+    root = Path(__file__).parents[1]
+    assert shared_data.is_dir()
+    recorded = json.loads((root / "benchmarks/results/h200_sft.json").read_text())
+    peaks = {row["name"]: row["peak_gib"] for row in recorded if row.get("peer") is None}
+    path = root / "recipes/sft/mistral-7b-v0.1-phrasebank.yaml"
+    examples = data.read_parts(load(path).data)
+    texts = lengths_of(examples.train)
+    rows = Rows(train=len(examples.train), validation=len(examples.validation), test=len(examples.test))
+    for name, overrides in {"finllm": [], "finllm, low memory": ["train.gradient_checkpointing=true"]}.items():
+        recipe = load(path, ["resources.gpu=h200-141gb", *overrides])
+        plan = decide(recipe, here=Machine((), 2), rows=rows, folder=tmp_path, source="r", texts=texts)
+        assert plan.memory is not None
+        assert plan.memory.allocated == pytest.approx(peaks[name], rel=0.15), name
+    for name, size, how in (
+        ("trl 4x4", 4, CHECKPOINTED),
+        ("trl 64", 64, Setting("cuda", "bf16", quantization="nf4", lora=LORA)),
+    ):
+        batch = largest_batch(Prompt(), texts, rows=size, shares=False)
+        found = estimate(MISTRAL, how, batch, _stream(1, 45, 64))
+        in_bf16 = 10 * lora_parameters(MISTRAL, LORA) / GIB  # TRL's adapters: 8 bytes a weight, not 18
+        assert found.allocated - in_bf16 == pytest.approx(peaks[name], rel=0.15), name
 
 
 def test_checkpointing_and_sharing_need_less_and_scoring_has_its_share() -> None:
