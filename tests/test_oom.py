@@ -22,6 +22,8 @@ from launch.lowering import ADVICE, lowered
 from launch.show import Silent
 from launch.supervisor import mark, supervise
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+
 TRAINER = """
     import os, sys, torch
     from finllm.training import sft
@@ -243,6 +245,25 @@ def test_on_a_gpu_weights_go_back_to_four_bits_last(tmp_path: Path) -> None:
     assert by_size[min(by_size)] == min(by_size.values())
     assert seen[-1][:3] == (1, True, False)
     assert seen[-1][3] < by_size[1]
+
+
+def test_the_hand_written_passes_follow_the_plan(recipe: Path, tmp_path: Path) -> None:
+    """Else a plan with checkpointing would run out of memory as the one before it did."""
+    from finllm import data, models
+    from finllm.prompts import Prompter
+    from finllm.training import handwritten
+    from finllm.training.batches import encode
+
+    _, plan = planned(recipe, tmp_path / "runs")
+    loaded = models.load(plan.recipe.model, dtype="fp32", device="cpu")
+    assert plan.recipe.lora is not None
+    model = models.with_adapter(loaded.model, plan.recipe.lora, 0)
+    rows = encode(data.read_parts(plan.recipe.data).train[:8], Prompter(loaded.tokenizer, plan.recipe.prompt))
+    for checkpointing in (False, True):
+        asked = plan.model_copy(update={"hand_written": True, "gradient_checkpointing": checkpointing})
+        engine = handwritten.engine(model, rows, asked, is_main=False)
+        assert engine is not None
+        assert engine.recompute is checkpointing
 
 
 def test_an_odd_batch_is_divided_as_it_can_be(recipe: Path, tmp_path: Path) -> None:

@@ -58,11 +58,13 @@ def _unsuited(model: Any, rows: Sequence[Row]) -> str | None:
 def unpack_if_roomy(model: Any, rows: Sequence[Row], plan: Plan, *, is_main: bool) -> None:
     """Dequantise a base model's 4-bit weights, the same values, if the GPU has room for them and for activations.
 
-    A recipe that sets train.gradient_checkpointing asks for little memory, so that its weights stay in 4 bits.
+    Only where the plan could not estimate memory; else it has decided. A recipe that sets train.gradient_checkpointing
+    asks for little memory, so that its weights stay in 4 bits.
     """
     assert plan.recipe.train is not None, plan.name
     packed_weights = plan.recipe.model.quantization in FOUR_BIT and not plan.dequantize
-    if not plan.hand_written or not packed_weights or plan.recipe.train.gradient_checkpointing is True:
+    decided = plan.memory is not None or plan.recipe.train.gradient_checkpointing is True
+    if not plan.hand_written or not packed_weights or decided:
         return
     linear = sum(m.in_features * m.out_features for m in model.model.layers.modules() if hasattr(m, "in_features"))
     if _room() > 2 * linear + _kept_bytes(model.config.get_text_config(), rows, plan.micro_batch):
@@ -72,9 +74,9 @@ def unpack_if_roomy(model: Any, rows: Sequence[Row], plan: Plan, *, is_main: boo
 
 
 def _made(model: Any, rows: Sequence[Row], plan: Plan) -> tuple[Engine, str]:
-    """The passes, with activations kept where memory allows; and what was chosen."""
+    """The passes, with activations kept as the plan says, or where it could not tell, as there is room; and the choice."""
     assert plan.recipe.train is not None, plan.name
-    asked = plan.recipe.train.gradient_checkpointing
+    asked = plan.recipe.train.gradient_checkpointing if plan.memory is None else plan.gradient_checkpointing
     if not isinstance(asked, bool):
         config = model.get_base_model().config.get_text_config()
         asked = plan.device == "cuda" and _room() < _kept_bytes(config, rows, plan.micro_batch)
