@@ -11,7 +11,9 @@ from launch import cli
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(
-    r"^(?:finllm|make|python|accelerate launch) .*$", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)), re.MULTILINE
+    r"^(?:finllm|make|python|accelerate launch) .*$",
+    "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)),
+    re.MULTILINE,
 )
 
 
