@@ -141,8 +141,9 @@ def _facts(run: Run, plan: Plan, parts: Parts, notes: Sequence[str]) -> Facts:
         "steps": f"{max((row.step or 0 for row in lines), default=0):,}",
         "time": f"{numbers.get('train/seconds', 0):,.0f} s, evaluation during training included",
         "peak memory": f"{numbers.get('train/memory_gib', 0):.1f} GiB",
-        "best validation loss": f"{numbers.get('validation/best_loss', float('nan')):.4f} nats a label",
     }
+    if "validation/best_loss" in numbers:
+        told["best validation loss"] = f"{numbers['validation/best_loss']:.4f} nats a label"
     return Facts(rows=rows, training=told if lines else {}, notes=notes)
 
 

@@ -108,3 +108,13 @@ def test_a_model_that_cannot_be_had_says_what_to_do(tmp_path: Path) -> None:
         SentimentPredictor(tmp_path, device="cpu")
     with pytest.raises(RunError, match="check the spelling and the network"):
         SentimentPredictor("./no/such/model", device="cpu")
+
+
+def test_a_run_that_trained_all_weights_is_evaluated_beside_its_base(
+    train: Callable[..., Run], recipe: Path, tmp_path: Path
+) -> None:
+    """Without an adapter to turn off, base and tuned model are loaded one after the other, and answer differently."""
+    run = train(recipe, tmp_path, "lora=null", "train.epochs=1", "train.learning_rate=1e-3")
+    assert evaluate.main([str(run.folder)]) == 0
+    tuned, base = (predictions.read(run.predictions / f"table.test.{key}.jsonl") for key in ("tuned", "base"))
+    assert max(abs(a.probabilities[0] - b.probabilities[0]) for a, b in zip(tuned, base, strict=True)) > 1e-3

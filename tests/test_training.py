@@ -287,3 +287,10 @@ def test_every_step_has_the_same_examples_on_any_machine(processes: int, accumul
     one = GlobalBatches(50, micro_batch=12, accumulation=1, rank=0, processes=1, seed=3)
     assert steps == [sorted(i for i in batch if i != NO_ROW) for batch in one]
     assert sorted(i for step in steps for i in step) == list(range(50))
+
+
+def test_early_stopping_ends_a_run_that_no_longer_improves(train: Train, recipe: Path, tmp_path: Path) -> None:
+    """With a learning rate far too high, validation gets worse, and the run ends before its epochs do."""
+    run = train(recipe, tmp_path, "train.early_stopping=1", "train.epochs=20", "train.learning_rate=0.5")
+    assert len(losses(run)) < 20 * 7
+    assert (run.adapter / "adapter_model.safetensors").is_file()

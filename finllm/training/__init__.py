@@ -25,8 +25,8 @@ from finllm.training.batches import Row, encode, pad
 from finllm.training.stopping import StopRequests
 from finllm.training.watching import LossWatch, OnValidation, Watcher, memory_gib
 
-METHODS = {"sft": sft}
-"""A training method is a module with a trainer and its configuration, and a type in the recipe's union."""
+METHODS = {"sft": sft.Sft}
+"""A training method is a trainer in a module of its own, and a type in the recipe's union."""
 
 
 def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: int) -> str | None:
@@ -57,7 +57,7 @@ def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: in
         watcher = Watcher(
             losses=losses, steps=counter, stop=stop, tracker=tracker, is_main=rank == 0, processes=plan.processes
         )
-        trainer = METHODS[recipe.train.method].Sft(
+        trainer = METHODS[recipe.train.method](
             model=model,
             processing_class=loaded.tokenizer,
             args=arguments(run, plan, len(parts.train), validates=bool(parts.validation), engine=engine is not None),
