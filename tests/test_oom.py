@@ -26,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be remo
 
 TRAINER = """
     import os, sys, torch
+    from finllm import training
     from finllm.training import sft
 
     class Narrow(sft.Sft):
@@ -37,7 +38,7 @@ TRAINER = """
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             return super().compute_loss(model, inputs, *rest, **more)
 
-    sft.Sft = Narrow
+    training.METHODS["sft"] = Narrow
     from finllm.train import main
     sys.exit(main(sys.argv[1:]))
 """
