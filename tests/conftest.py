@@ -2,12 +2,19 @@
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from typing import TYPE_CHECKING
 
 import pytest
 
 from finllm.run import Run
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = """
@@ -103,6 +110,31 @@ def train() -> Callable[..., Run]:
         return Run(max(runs.iterdir(), key=lambda path: path.stat().st_mtime))
 
     return run
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    """A headless Chromium of the system; CI installs Debian's, other machines without one skip.
+
+    Of a module, not of the session: while it lives, this thread has a running event loop.
+    """
+    from playwright.sync_api import sync_playwright
+
+    if _chromium() is None and os.environ.get("CI") == "true":
+        subprocess.run(["apt-get", "update", "-qq"], check=True)
+        packages = ["chromium", "fonts-liberation"]
+        subprocess.run(["apt-get", "install", "-qq", "--yes", "--no-install-recommends", *packages], check=True)
+    program = _chromium()
+    if program is None:
+        pytest.skip("needs Chromium; on Debian: apt-get install chromium")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def _chromium() -> str | None:
+    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
