@@ -65,6 +65,11 @@ def weighted_f1(gold: Indices, predicted: Indices) -> float:
     return float(weighted_f1_of(confusion(gold, predicted)))
 
 
+def mcc(gold: Indices, predicted: Indices) -> float:
+    """Matthews correlation of gold and answers, -1 to 1; see `mcc_of`."""
+    return float(mcc_of(confusion(gold, predicted)))
+
+
 def per_class(gold: Indices, predicted: Indices) -> tuple[ClassFigures, ...]:
     """Precision, recall, F1 and support of each class, in the order of LABELS."""
     table = confusion(gold, predicted)
@@ -93,6 +98,15 @@ def weighted_f1_of(tables: Counts) -> Shares:
     return _ratio((_f1(tables) * support).sum(axis=-1), support.sum(axis=-1))
 
 
+def mcc_of(tables: Counts) -> Shares:
+    """Matthews correlation for several classes (Gorodkin 2004, R_K); 0 where gold or answers are all of one class."""
+    counts = np.asarray(tables, dtype=np.float64)
+    rows, gold, answered = counts.sum(axis=(-2, -1)), counts.sum(axis=-1), counts.sum(axis=-2)
+    agreeing = np.trace(counts, axis1=-2, axis2=-1) * rows - (gold * answered).sum(axis=-1)
+    spread = (rows**2 - (gold**2).sum(axis=-1)) * (rows**2 - (answered**2).sum(axis=-1))
+    return _ratio(agreeing, np.sqrt(np.maximum(spread, 0)))
+
+
 def _f1(tables: Counts) -> Shares:
     """F1 of each class; 2 TP / (gold rows + predicted rows) needs no precision that may not exist."""
     return _ratio(2 * np.diagonal(tables, axis1=-2, axis2=-1), tables.sum(axis=-1) + tables.sum(axis=-2))
@@ -108,6 +122,7 @@ FIGURES: dict[str, Callable[[Counts], Shares]] = {
     "accuracy": accuracy_of,
     "macro_f1": macro_f1_of,
     "weighted_f1": weighted_f1_of,
+    "mcc": mcc_of,
 }
 """Every figure that is a function of the confusion table, and so gets an interval."""
 COMPARED = ("accuracy", "macro_f1")
@@ -122,7 +137,7 @@ def bootstrap(
     """
     cells = gold * CLASSES + predicted
     tables = _drawn(cells, CLASSES**2, groups, draws, seed).reshape(draws, CLASSES, CLASSES)
-    return {name: _interval(figure(tables)) for name, figure in FIGURES.items()}
+    return {name: interval_of(figure(tables)) for name, figure in FIGURES.items()}
 
 
 def paired_bootstrap(
@@ -137,13 +152,13 @@ def paired_bootstrap(
     for name in COMPARED:
         figure = FIGURES[name]
         value = float(figure(sample[0]) - figure(sample[1]))
-        differences[name] = Difference(value, *_interval(figure(tables[0]) - figure(tables[1])))
+        differences[name] = Difference(value, *interval_of(figure(tables[0]) - figure(tables[1])))
     return differences
 
 
 def _drawn(cells: Indices, kinds: int, groups: Sequence[str | None], draws: int, seed: int) -> Counts:
     """How often each of `kinds` cells occurs in each draw: (draw, cell)."""
-    clusters = _clusters(groups)
+    clusters = clusters_of(groups)
     count = int(clusters.max()) + 1
     table = np.bincount(clusters * kinds + cells, minlength=count * kinds).reshape(count, kinds)
     alike, times = np.unique(table, axis=0, return_counts=True)
@@ -151,14 +166,15 @@ def _drawn(cells: Indices, kinds: int, groups: Sequence[str | None], draws: int,
     return np.asarray(weights @ alike, dtype=np.int64)
 
 
-def _clusters(groups: Sequence[str | None]) -> Indices:
+def clusters_of(groups: Sequence[str | None]) -> Indices:
     """The number of each row's cluster, from 0."""
     numbers: dict[str | int, int] = {}
     keys = (row if group is None else group for row, group in enumerate(groups))
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.intp)
 
 
-def _interval(values: Shares) -> tuple[float, float]:
+def interval_of(values: Shares) -> tuple[float, float]:
+    """The middle 95 % of the values of a figure over the draws."""
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)

@@ -38,7 +38,7 @@ CASES = {
 
 @pytest.mark.parametrize(("gold", "predicted"), CASES.values(), ids=CASES)
 def test_every_figure_equals_scikit_learn(gold: Indices, predicted: Indices) -> None:
-    """Accuracy, macro-F1, weighted F1, per class and confusion table agree to rounding."""
+    """Accuracy, macro-F1, weighted F1, Matthews correlation, per class and confusion table agree to rounding."""
     f1 = {
         how: reference.f1_score(gold, predicted, average=how, zero_division=0, labels=np.union1d(gold, predicted))
         for how in ("macro", "weighted")
@@ -46,6 +46,8 @@ def test_every_figure_equals_scikit_learn(gold: Indices, predicted: Indices) -> 
     assert metrics.accuracy(gold, predicted) == pytest.approx(reference.accuracy_score(gold, predicted), abs=1e-12)
     assert metrics.macro_f1(gold, predicted) == pytest.approx(f1["macro"], abs=1e-12)
     assert metrics.weighted_f1(gold, predicted) == pytest.approx(f1["weighted"], abs=1e-12)
+    with warnings.catch_warnings(action="ignore"):  # it warns where there is one class only
+        assert metrics.mcc(gold, predicted) == pytest.approx(reference.matthews_corrcoef(gold, predicted), abs=1e-12)
     three = list(range(CLASSES))
     assert (metrics.confusion(gold, predicted) == reference.confusion_matrix(gold, predicted, labels=three)).all()
     expected = reference.precision_recall_fscore_support(gold, predicted, labels=three, zero_division=0)
@@ -188,4 +190,4 @@ def test_a_draw_without_a_class_is_no_division_by_zero() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = metrics.bootstrap(gold, predicted, [None] * 4, draws=500, seed=0)
-    assert all(0 <= low <= high <= 1 for low, high in found.values())
+    assert all(-1 <= low <= high <= 1 for low, high in found.values())

@@ -23,7 +23,7 @@ def test_a_sweep_is_read_as_it_was_saved(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
     """Missing and damaged files are named."""
-    with pytest.raises(RunError, match="sweep.json is missing"):
+    with pytest.raises(RunError, match=r"sweep\.json is missing"):
         Sweep.of(tmp_path)
     (tmp_path / "sweep.json").write_text('{"source": "demo.yaml"}')
     with pytest.raises(RunError, match="is no sweep"):
