@@ -148,7 +148,7 @@ def _work(task: str, model: str, sentences: int, peer: dict[str, Any]) -> dict[s
 
     from finllm.prompts import Prompter
     from finllm.recipe import Prompt
-    from finllm.scoring import MOST_ON_CPU, _batches
+    from finllm.scoring import MOST_ON_CPU, batches_of
     from finllm.shared_prefix import shared_length
     from finllm.training.batches import encode, stream
 
@@ -171,7 +171,7 @@ def _work(task: str, model: str, sentences: int, peer: dict[str, Any]) -> dict[s
     else:
         shared = shared_length([row.prompt for row in rows])
         own = [len(row.prompt) - shared for row in rows]
-        batches = list(_batches(own, 0, MOST_ON_CPU))
+        batches = list(batches_of(own, 0, MOST_ON_CPU))
         tokens = shared + sum(len(batch) * max(own[i] for i in batch) for batch in batches)
         padded = _padded(sorted((len(row.prompt) for row in rows), reverse=True), peer["batch_size"])
         ours = tokens * (layers - read) + len(rows) * (read + head)

@@ -3,7 +3,8 @@ r"""How an example is shown to a model, and how its answer is read: one module f
     plain   INSTRUCTION \n\n Text: TEXT \n [Target: TARGET \n] Sentiment:| label end-of-sequence
     chat    the tokenizer's chat template around the same words; the label is the assistant's turn
 
-What stands right of the bar is learnt. Every prompt of a recipe begins with the same tokens.
+What stands right of the bar is learnt. Every prompt of a recipe begins with the same tokens. What follows a label where
+it is explained is in answer.py.
 """
 
 from collections.abc import Sequence
@@ -47,14 +48,14 @@ class Prompter:
             raise RunError(f"the model's tokenizer gives two labels the same tokens: {self.answers}")
         self.longest_answer = max(map(len, self.answers.values())) + 1
         """Tokens of the longest label and the end."""
-        if len(self._encode([self.string("")])[0]) + self.longest_answer >= spec.max_tokens:
+        if len(self.encode([self.string("")])[0]) + self.longest_answer >= spec.max_tokens:
             raise RunError(f"prompt.max_tokens is {spec.max_tokens}, which the instruction alone fills; raise it")
 
     def string(self, text: str, target: str | None = None) -> str:
         """The prompt in words, white space in the text folded, up to where the label begins."""
-        lines = [f"Text: {self._plain(text)}"]
+        lines = [f"Text: {self.plain(text)}"]
         if target is not None:
-            lines.append(f"Target: {self._plain(target)}")
+            lines.append(f"Target: {self.plain(target)}")
         if self.spec.template == "plain":
             return "\n".join([self.spec.instruction, "", *lines, "Sentiment:"])
         content = "\n".join([self.spec.instruction, "", *lines])
@@ -69,7 +70,7 @@ class Prompter:
         room = self.spec.max_tokens - self.longest_answer
         limit = self.spec.max_tokens * LONGEST_TOKEN
         short = [text[:limit] for text in texts]  # no tokenizer needs to see a whole book
-        encoded = self._encode([self.string(text, target) for text, target in zip(short, about, strict=True)])
+        encoded = self.encode([self.string(text, target) for text, target in zip(short, about, strict=True)])
         return [
             Rendered(self._cut(text, target, len(ids) - room, room), truncated=True)
             if len(ids) > room
@@ -81,12 +82,12 @@ class Prompter:
         """What a label adds to the tokens of a prompt; a tokenizer that merges the two is refused."""
         prompt = self.string("Sales rose.")
         word = label if self.spec.template == "chat" else f" {label}"
-        alone, whole = self._encode([prompt, prompt + word])
+        alone, whole = self.encode([prompt, prompt + word])
         if whole[: len(alone)] != alone or len(whole) == len(alone):
             raise RunError(f"the model's tokenizer merges the prompt's end with {word!r}; choose another template")
         return tuple(whole[len(alone) :])
 
-    def _encode(self, strings: list[str]) -> list[list[int]]:
+    def encode(self, strings: list[str]) -> list[list[int]]:
         """Token ids; a chat template writes its own special tokens, so that none is doubled."""
         encoded = self.tokenizer(strings, add_special_tokens=self.spec.template == "plain", return_attention_mask=False)
         ids: list[list[int]] = encoded["input_ids"]
@@ -98,18 +99,18 @@ class Prompter:
         spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         keep = len(spans) - excess
         while keep > 0:
-            ids = self._encode([self.string(text[: spans[keep - 1][1]], target)])[0]
+            ids = self.encode([self.string(text[: spans[keep - 1][1]], target)])[0]
             if len(ids) <= room:
                 return ids
             keep -= len(ids) - room
-        ids = self._encode([self.string("", target)])[0]
+        ids = self.encode([self.string("", target)])[0]
         if len(ids) > room:
             raise RunError(
                 f"a target of {len(target or '')} characters leaves no room in prompt.max_tokens; shorten it"
             )
         return ids
 
-    def _plain(self, text: str) -> str:
+    def plain(self, text: str) -> str:
         """The text on one line; what would read as a special token is broken up, so that no text can end a turn."""
         line = " ".join(text.split())
         for token in self._special:

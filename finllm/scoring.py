@@ -85,24 +85,24 @@ def score(
         return np.zeros((0, len(answers)))
     tree = trie(answers)
     engine = engine or _engine(model)
-    if engine is not None and _sees_all(model, max(map(len, prompts)) + max(map(len, answers))):
+    if engine is not None and sees_all(model, max(map(len, prompts)) + max(map(len, answers))):
         if tree.tokens:
             return _token_by_token(model, prompts, answers, batch_tokens, steps, engine)
         tokens = [token for (token,) in answers]
         return engine.log_probabilities(
             prompts, tokens, batch_tokens=batch_tokens, adapted=_adapted(model), steps=steps
         )
-    if _base(model).device.type == "cpu":
+    if base_of(model).device.type == "cpu":
         batch_tokens = min(batch_tokens, MOST_ON_CPU)
     shared = shared_length(prompts)
-    if not _sees_all(model, max(map(len, prompts)) + max(map(len, answers))):
+    if not sees_all(model, max(map(len, prompts)) + max(map(len, answers))):
         if tree.tokens:
             return _token_by_token(model, prompts, answers, batch_tokens, steps, None)
         shared = 0
     result = np.zeros((len(prompts), len(answers)))
     with torch.inference_mode():
-        prefix = _prefix(model, prompts[0][:shared]) if shared else []
-        for batch in _batches([len(p) - shared for p in prompts], len(tree.tokens), batch_tokens):
+        prefix = keys_and_values(model, prompts[0][:shared]) if shared else []
+        for batch in batches_of([len(p) - shared for p in prompts], len(tree.tokens), batch_tokens):
             rows = _score_batch(model, prefix, [prompts[i] for i in batch], shared, tree)
             result[batch] = rows.double().cpu().numpy()  # the one copy to the host
             if steps is not None:
@@ -119,7 +119,7 @@ def probabilities(log_probabilities: NDArray[np.float64]) -> NDArray[np.float64]
 
 def _engine(model: Any) -> Engine | None:
     """The hand-written passes, where there is a GPU and they know the model's layers."""
-    on_gpu = _base(model).device.type == "cuda"
+    on_gpu = base_of(model).device.type == "cuda"
     return Engine(model) if on_gpu and unsupported(model) is None else None
 
 
@@ -156,18 +156,18 @@ def _token_by_token(
     return np.stack([sum(log_p[start][:, column] for start, column in path) for path in steps_of], axis=1)
 
 
-def _sees_all(model: Any, longest: int) -> bool:
+def sees_all(model: Any, longest: int) -> bool:
     """Whether every layer looks back as far as the longest prompt: a cached prefix and a tree of labels need that."""
-    config = _base(model).config.get_text_config()
+    config = base_of(model).config.get_text_config()
     window = getattr(config, "sliding_window", None)
     return window is None or window >= longest
 
 
-def _base(model: Any) -> Any:
+def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _batches(lengths: list[int], extra: int, batch_tokens: int) -> Iterator[list[int]]:
+def batches_of(lengths: list[int], extra: int, batch_tokens: int) -> Iterator[list[int]]:
     """Indices in batches of like length, each at most `batch_tokens` with padding (but at least one row)."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
@@ -179,13 +179,13 @@ def _batches(lengths: list[int], extra: int, batch_tokens: int) -> Iterator[list
         yield batch
 
 
-def _prefix(model: Any, ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def keys_and_values(model: Any, ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of the shared tokens, (1, heads, tokens, head size), for each layer."""
     from transformers import DynamicCache
 
-    base = _base(model)
+    base = base_of(model)
     cache = DynamicCache(config=base.config)
-    with _autocast(base):
+    with autocast(base):
         base.get_decoder()(torch.tensor([ids], device=base.device), past_key_values=cache, use_cache=True)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
@@ -200,7 +200,7 @@ def _score_batch(
     """Log-probabilities (rows, answers) of one batch, in fp32, on the model's device."""
     from transformers import DynamicCache
 
-    base = _base(model)
+    base = base_of(model)
     rows, branch = len(prompts), len(tree.tokens)
     lengths = torch.tensor([len(p) - shared for p in prompts])
     longest = int(lengths.max())
@@ -217,7 +217,7 @@ def _score_batch(
     wanted = torch.cat([(lengths - 1)[:, None], longest + torch.arange(branch).expand(rows, -1)], dim=1)
     places = (wanted + (longest + branch) * torch.arange(rows)[:, None]).flatten().to(base.device)
     wanted = wanted.to(base.device)
-    with _autocast(base), last_layer.only(base, places):
+    with autocast(base), last_layer.only(base, places):
         hidden = (
             base.get_decoder()(
                 ids.to(base.device),
@@ -255,7 +255,7 @@ def _mask(lengths: torch.Tensor, longest: int, shared: int, tree: Trie) -> torch
     return seen[:, None]
 
 
-def _autocast(base: Any) -> torch.autocast:
+def autocast(base: Any) -> torch.autocast:
     """bf16 arithmetic where the weights are bf16 (LoRA adapters are fp32); none elsewhere."""
     kind = base.get_output_embeddings().weight.dtype
     return torch.autocast(base.device.type, dtype=torch.bfloat16, enabled=kind == torch.bfloat16)
