@@ -164,6 +164,7 @@ def sees_all(model: Any, longest: int) -> bool:
 
 
 def base_of(model: Any) -> Any:
+    """The model below PEFT's wrapping, with its adapters in its layers."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
