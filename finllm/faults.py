@@ -53,7 +53,8 @@ def _fault(key: Key, here: Sequence[tuple[type[BaseModel], ErrorDetails]]) -> st
         return f"{name + ': ' if name else ''}{error['msg'].removeprefix('Value error, ')}"
     if kind == "union_tag_invalid":
         known = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
-        return f"{name}.name is {context['tag']!r}; {_nearest(str(context['tag']), known, 'it must be one of ')}"
+        kind_key = context["discriminator"].strip("'")
+        return f"{name}.{kind_key} is {context['tag']!r}; {_nearest(str(context['tag']), known, 'it must be one of ')}"
     if kind == "union_tag_not_found":
         return f"{name}.{context['discriminator'].strip(chr(39))} is missing; it says which kind this is"
     allowed = list(dict.fromkeys(_allowed(error) for _, error in here))

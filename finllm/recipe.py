@@ -7,6 +7,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from finllm import yamlfile
 from finllm.data import DataSpec
+from finllm.data.preferences import PairSource
+from finllm.data.spec import AbsolutePath
 from finllm.yamlfile import Spec
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -123,6 +125,42 @@ class Sft(Training):
     method: Literal["sft"]
 
 
+Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
+SMOOTHED = ("sigmoid", "robust")
+"""Losses that know the probability that a pair is the wrong way round."""
+
+
+class Dpo(Training):
+    """Direct preference optimisation (arXiv 2305.18290) on pairs of answers; a row of a batch is a pair."""
+
+    method: Literal["dpo"]
+    epochs: float = Field(default=1, gt=0)
+    learning_rate: float = Field(default=5e-6, gt=0, lt=1)
+    pairs: Annotated[
+        tuple[PairSource, ...],
+        BeforeValidator(_listed, json_schema_input_type=str | PairSource | tuple[str | PairSource, ...]),
+    ] = Field(min_length=1)
+    """One source of pairs or several; there is no default."""
+    init: AbsolutePath | None = None
+    """The SFT run whose adapter is trained on, and is the reference; null: a new adapter, and the base model."""
+    loss: Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero"] = "sigmoid"
+    """sigmoid is DPO's own, with label smoothing cDPO's; the others are as TRL has them under these names."""
+    beta: float = Field(default=0.1, gt=0)
+    """How dear it is to leave the reference; higher stays nearer. For ipo, its tau."""
+    sft_weight: float = Field(default=0.0, ge=0)
+    """Weight of the cross-entropy of the chosen answers beside it (RPO, arXiv 2404.19733)."""
+    label_smoothing: Smoothing = 0.0
+    """Probability that a pair is the wrong way round."""
+    band_smoothing: dict[str, Smoothing] = Field(default={})
+    """The same for texts of a band of annotator agreement, such as `{"66-75": 0.3}`."""
+
+    @model_validator(mode="after")
+    def _smooths(self) -> "Dpo":
+        if self.loss not in SMOOTHED and (self.label_smoothing or any(self.band_smoothing.values())):
+            raise ValueError(f"loss {self.loss} has no label smoothing; write 0, or one of {', '.join(SMOOTHED)}")
+        return self
+
+
 class Evaluation(Spec):
     """Which systems are scored on the test part, and how sure we are of the figures."""
 
@@ -180,7 +218,7 @@ class Recipe(Spec):
     prompt: Prompt = Prompt()
     lora: Lora | None = Lora()
     """null trains all weights."""
-    train: Sft | None = None
+    train: Annotated[Sft | Dpo, Field(discriminator="method")] | None = None
     """How to train; null only evaluates the model as it is (zero-shot)."""
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()

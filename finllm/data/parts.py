@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from finllm.data import folds
 from finllm.data.spec import DatasetSpec
 from finllm.errors import DataError
 from finllm.example import SPLITS, Example
@@ -53,4 +54,5 @@ def _wanted(spec: DatasetSpec) -> list[Example]:
     train = [example for example in rows if example.split == "train"]
     random.Random(DRAW_SEED).shuffle(train)  # noqa: S311 - a fixed draw, no secret
     drawn = {example.id for example in train[: spec.train_rows]}
-    return [e for e in rows if e.split in spec.parts and (e.split != "train" or e.id in drawn)]
+    wanted = [e for e in rows if e.split in spec.parts and (e.split != "train" or e.id in drawn)]
+    return folds.held_out(wanted, spec.fold, twins_grouped=spec.twins_grouped) if spec.fold else wanted

@@ -6,11 +6,17 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from finllm.data import folds
 from finllm.example import Example, Split
 from finllm.yamlfile import Spec
 
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 """A path, relative to the current folder where it is not absolute."""
+
+
+def _fold(text: str) -> str:
+    folds.numbers(text)
+    return text
 
 
 class DatasetSpec(Spec):
@@ -23,6 +29,8 @@ class DatasetSpec(Spec):
     """Use only these parts, such as `[test]` for a set that is only evaluated."""
     train_rows: int | None = Field(default=None, ge=1)
     """Use at most so many training rows, drawn with a fixed seed; null is all."""
+    fold: Annotated[str, AfterValidator(_fold)] | None = None
+    """`2/5` trains on the other four fifths of the training part, and tests on this one; the test part is left out."""
 
     @property
     def title(self) -> str:

@@ -1,0 +1,281 @@
+"""Pairs of answers to one text, of which one is preferred: what DPO learns from.
+
+    folds      the training rows that models which had not seen them got wrong, or nearly: the label, and what it was
+               confused with
+    careless   training rows with mixed signals: the label, and what a careless reader answers
+    file       your own: a text, the better and the worse answer
+
+A text of the validation or the test part, or a near twin of one, is refused wherever it comes from.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from finllm.data.folds import numbers
+from finllm.data.leaks import Leak, find_leaks
+from finllm.data.parts import Parts
+from finllm.data.spec import AbsolutePath, DatasetSpec
+from finllm.errors import DataError, RunError
+from finllm.example import LABELS, Example, Split
+from finllm.run import read_json
+from finllm.yamlfile import Spec
+
+SHOWN = 5
+"""Faulty lines named in a message."""
+PROPOSED: Split = "train"
+"""The part that a pair's text goes to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two answers to a text."""
+
+    id: str
+    """That of the training row, or `NAME:LINE` of a file."""
+    source: Literal["folds", "careless", "file"]
+    text: str
+    target: str | None
+    chosen: str
+    rejected: str
+    agreement: str | None = None
+    """Band of annotator agreement in per cent, where it is known."""
+
+
+class PairsSpec(Spec):
+    """Where pairs come from."""
+
+    bands: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Only texts of these bands of annotator agreement, such as `["100", "75-99"]`; null is all."""
+
+    def wants(self, agreement: str | None) -> bool:
+        """Whether texts of this agreement are asked for."""
+        return self.bands is None or agreement in self.bands
+
+
+class Folds(PairsSpec):
+    """Pairs from predictions on training rows by models that had not seen them (`finllm folds`)."""
+
+    name: Literal["folds"]
+    run: AbsolutePath
+    """What the runs are called without their number: `runs/x` for runs/x-fold1, runs/x-fold2, ..."""
+    margin: float = Field(default=0.2, ge=0, le=1)
+    """A right answer makes a pair too, if the label's probability exceeds the next by less."""
+
+    def read(self, parts: Parts, data: Sequence[DatasetSpec]) -> list[Preference]:
+        """A pair for each training row that was confused; raises DataError where a row lacks an honest prediction."""
+        shares = _out_of_fold(self.run, data)
+        _refuse_others(self.run, parts, set(shares))
+        pairs = []
+        for row in parts.train:
+            of_label = shares[row.id][LABELS.index(row.label)]
+            next_best, confused = max(
+                (p, label) for label, p in zip(LABELS, shares[row.id], strict=True) if label != row.label
+            )
+            if of_label - next_best < self.margin and self.wants(row.agreement):
+                pairs.append(Preference(row.id, "folds", row.text, row.target, row.label, confused, row.agreement))
+        return pairs
+
+
+class Careless(PairsSpec):
+    """Pairs from training rows with mixed signals, which say what a careless reader answers; the sample has some."""
+
+    name: Literal["careless"]
+
+    def read(self, parts: Parts, data: Sequence[DatasetSpec]) -> list[Preference]:
+        """A pair for each such row; raises DataError where there is none."""
+        pairs = [
+            Preference(row.id, "careless", row.text, row.target, row.label, row.careless, row.agreement)
+            for row in parts.train
+            if row.careless is not None and self.wants(row.agreement)
+        ]
+        if not pairs:
+            named = ", ".join(spec.title for spec in data)
+            raise DataError(f"{named}: no training row says what a careless reader answers; add the data set `sample`")
+        return pairs
+
+
+class Line(Spec):
+    """One line of a file of pairs."""
+
+    prompt: str = Field(min_length=1)
+    """The text alone: the recipe's instruction is put before it, as in training and prediction."""
+    chosen: str = Field(min_length=1)
+    rejected: str = Field(min_length=1)
+    target: str | None = None
+    agreement: str | None = None
+
+
+class File(PairsSpec):
+    """Your own pairs: JSON lines with `prompt` (the text), `chosen`, `rejected`; perhaps `target`, `agreement`."""
+
+    name: Literal["file"]
+    path: AbsolutePath
+
+    def read(self, parts: Parts, _data: Sequence[DatasetSpec]) -> list[Preference]:
+        """A pair for each line; raises one DataError for all lines that are wrong or give away held-out texts."""
+        found = list(_lines(self.path))
+        pairs = [
+            Preference(f"{self.path.name}:{number}", "file", " ".join(line.prompt.split()), line.target,
+                       line.chosen.strip(), line.rejected.strip(), line.agreement)
+            for number, line in found if self.wants(line.agreement)
+        ]  # fmt: skip
+        if not pairs:
+            raise DataError(f"{self.path}: holds no pairs{' of these bands' if found else ''}")
+        _refuse_leaks(self.path, pairs, parts)
+        return pairs
+
+
+PairSource = Annotated[Folds | Careless | File, Field(discriminator="name")]
+"""Every source of pairs a recipe can name."""
+
+
+def read(sources: Sequence[Folds | Careless | File], parts: Parts, data: Sequence[DatasetSpec]) -> list[Preference]:
+    """The pairs of all sources, in their order, each once; raises DataError where one cannot be had or is dishonest.
+
+    `parts` are those of the recipe's `data`, after the check for leaks.
+    """
+    pairs = [pair for source in sources for pair in source.read(parts, data)]
+    once = {(pair.text, pair.target, pair.chosen, pair.rejected): pair for pair in reversed(pairs)}
+    if not pairs:
+        raise DataError("no training row makes a pair: none is confused so far; raise `margin`, or name more `bands`")
+    opposite = [pair for key, pair in once.items() if (*key[:2], key[3], key[2]) in once]
+    if opposite:
+        names = ", ".join(pair.id for pair in opposite[:SHOWN])
+        raise DataError(
+            f"{len(opposite)} pair(s) contradict others: the same two answers, preferred both ways ({names})"
+        )
+    _refuse_held_out(pairs, parts)
+    return list(reversed(once.values()))
+
+
+def _out_of_fold(run: Path, data: Sequence[DatasetSpec]) -> dict[str, tuple[float, float, float]]:
+    """The probabilities of each row, by the model whose fold it was."""
+    from finllm import predictions
+
+    folders = sorted(run.parent.glob(f"{run.name}-fold*"))
+    done = {number: folder for folder in folders if (number := _fold_of(folder, data))}
+    counts = {count for _, count in done}
+    count = max(counts, default=0)
+    missing = [number for number in range(1, count + 1) if (number, count) not in done]
+    if len(counts) != 1 or missing:
+        found = ", ".join(folder.name for folder in folders) or "nothing"
+        raise DataError(
+            f"{run}-fold*: a prediction of every training row needs the runs of all folds; found {found}"
+            f"{f', without fold {missing[0]} of {count}' if missing else ''}. `finllm folds RECIPE --name {run.name}` "
+            "makes them"
+        )
+    shares: dict[str, tuple[float, float, float]] = {}
+    for folder in done.values():
+        for path in sorted((folder / "predictions").glob("*.test.tuned.jsonl")):
+            shares |= {row.id: row.probabilities for row in predictions.read(path)}
+    return shares
+
+
+def _fold_of(folder: Path, data: Sequence[DatasetSpec]) -> tuple[int, int] | None:
+    """Which fold a run held out; None where it has not been evaluated. Refuses a run on other data than `data`."""
+    if not (folder / "scores.json").is_file():
+        return None
+    try:
+        specs = read_json(folder / "plan.json")["recipe"]["data"]
+    except (RunError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: its plan.json does not say what it trained on; make the fold anew") from error
+    folds = {spec.get("fold") for spec in specs}
+    if len(folds) != 1 or None in folds:
+        raise DataError(f"{folder}: trained on the whole training part, so that it has seen what it would judge")
+    wanted = [_without_fold(spec.model_dump(mode="json")) for spec in data]
+    if [_without_fold(spec) for spec in specs] != wanted:
+        raise DataError(f"{folder}: was made from other data than this recipe's, or another split; make the folds anew")
+    return numbers(str(folds.pop()))
+
+
+def _without_fold(spec: dict[str, Any]) -> dict[str, Any]:
+    """What decides which rows are trained on, with its defaults."""
+    return {key: value for key, value in spec.items() if key not in {"fold", "path"} and value is not None}
+
+
+def _refuse_others(run: Path, parts: Parts, found: set[str]) -> None:
+    """Refuse predictions of held-out rows, and training rows without a prediction."""
+    foreign = sorted(found & {row.id for row in (*parts.validation, *parts.test)})
+    if foreign:
+        raise DataError(
+            f"{run}-fold*: predictions of {len(foreign)} row(s) of the validation or test part, such as {foreign[0]}; "
+            "no pair may come from those. Make the folds anew from this recipe's data"
+        )
+    lacking = [row.id for row in parts.train if row.id not in found]
+    if lacking:
+        raise DataError(
+            f"{run}-fold*: no prediction of {len(lacking)} training row(s), such as {lacking[0]}; make the folds anew "
+            "from this recipe's data"
+        )
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Line]]:
+    """The lines of a file with their numbers; raises one DataError for all that are wrong."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); give a file of JSON lines in UTF-8") from error
+    faults = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            read = Line.model_validate(json.loads(line))
+        except ValidationError as error:
+            told = (f"{'.'.join(map(str, e['loc'])) or 'the line'}: {e['msg']}" for e in error.errors())
+            faults.append(f"line {number}: {'; '.join(told)}")
+            continue
+        except json.JSONDecodeError as error:
+            faults.append(f"line {number}: is not JSON ({error})")
+            continue
+        if why := _unusable(read):
+            faults.append(f"line {number}: {why}")
+        yield number, read
+    if faults:
+        more = f"\n  and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        listed = "\n  ".join(faults[:SHOWN])
+        raise DataError(
+            f"{path}: {len(faults)} line(s) are wrong; each is {{prompt, chosen, rejected}}:\n  {listed}{more}"
+        )
+
+
+def _unusable(line: Line) -> str | None:
+    if not (line.prompt.strip() and line.chosen.strip() and line.rejected.strip()):
+        return "prompt, chosen or rejected holds only white space"
+    if line.chosen.split() == line.rejected.split():
+        return f"chosen and rejected are the same, {line.chosen[:40]!r}"
+    return None
+
+
+def _refuse_leaks(path: Path, pairs: Sequence[Preference], parts: Parts) -> None:
+    """Refuse a text that is, or is a near twin of, a validation or test text."""
+    rows = {
+        pair.id: Example(pair.id, f"pairs of {path.name}", pair.text, LABELS[0], PROPOSED, target=pair.target)
+        for pair in pairs
+    }
+    held_out = (*parts.validation, *parts.test)
+    leaks = find_leaks(Parts(train=tuple(rows.values()), validation=(), test=held_out))
+    if leaks:
+        shown = "\n  ".join(map(_told, leaks[:SHOWN]))
+        raise DataError(
+            f"{path}: {len({leak.early.id for leak in leaks})} line(s) hold texts of the validation or test part, or near "
+            f"twins of them; scores would measure memory. Take them out:\n  {shown}"
+        )
+
+
+def _told(leak: Leak) -> str:
+    return f"line {leak.early.id.rpartition(':')[2]} and {leak.late.split} row {leak.late.id} ({leak.how})"
+
+
+def _refuse_held_out(pairs: Sequence[Preference], parts: Parts) -> None:
+    """The last check before anything is learnt, whatever the source: no text of a held-out row."""
+    held_out = {row.text: row for row in (*parts.validation, *parts.test)}
+    leaked = [pair for pair in pairs if pair.text in held_out]
+    if leaked:
+        row = held_out[leaked[0].text]
+        raise DataError(f"{len(leaked)} pair(s) hold held-out texts, such as {leaked[0].id}, {row.split} row {row.id}")
