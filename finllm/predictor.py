@@ -10,6 +10,7 @@ import numpy as np
 from finllm import models, scoring
 from finllm.errors import RunError
 from finllm.example import LABELS, Label
+from finllm.explaining import Explainer
 from finllm.models import Card
 from finllm.prompts import Prompter
 from finllm.recipe import Model, Prompt
@@ -24,6 +25,14 @@ class Prediction(TypedDict):
     confidence: float
     """Probability of that label among the three."""
     probabilities: dict[Label, float]
+
+
+class Explanation(Prediction):
+    """The answer for one text, with the model's own reason for it."""
+
+    explanation: str
+    truncated: bool
+    """The explanation was cut at the token limit; it then ends in an ellipsis."""
 
 
 class SentimentPredictor:
@@ -49,6 +58,7 @@ class SentimentPredictor:
         self.model: Any = models.attach(loaded.model, folder) if folder is not None and adapted else loaded.model
         self.prompter = Prompter(loaded.tokenizer, prompt)
         self.batch_tokens = batch_tokens
+        self._explainer: Explainer | None = None
 
     @overload
     def predict(self, texts: str, target: str | None = None) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is a sequence of str
@@ -60,18 +70,54 @@ class SentimentPredictor:
 
         A text longer than the model was trained for is cut at its end, with a warning.
         """
-        many = [texts] if isinstance(texts, str) else list(texts)
-        rendered = self.prompter.render(many, [target] * len(many))
+        _, predictions = self._read([texts] if isinstance(texts, str) else list(texts), target)
+        return predictions[0] if isinstance(texts, str) else predictions
+
+    @overload
+    def explain(self, texts: str, target: str | None = None, *, max_tokens: int = ...) -> Explanation: ...  # type: ignore[overload-overlap]  # a str is a sequence of str
+    @overload
+    def explain(
+        self, texts: Sequence[str], target: str | None = None, *, max_tokens: int = ...
+    ) -> list[Explanation]: ...
+
+    def explain(
+        self, texts: str | Sequence[str], target: str | None = None, *, max_tokens: int = 96
+    ) -> Explanation | list[Explanation]:
+        """The sentiment as `predict` gives it, and an explanation of that label, of one text or of each of several.
+
+        An explanation is always a whole JSON string; one of more than `max_tokens` tokens is cut and says so. Raises
+        RunError where the model's tokenizer cannot serve.
+        """
+        if max_tokens < 1:
+            raise RunError(f"max_tokens is {max_tokens}; an explanation needs at least 1")
+        prompts, predictions = self._read([texts] if isinstance(texts, str) else list(texts), target)
+        labels = [prediction["sentiment"] for prediction in predictions]
+        written = self._writer().explain(prompts, labels, max_tokens=max_tokens, batch_tokens=self.batch_tokens)
+        explained: list[Explanation] = [
+            {**prediction, "explanation": one.answer.explanation, "truncated": one.truncated}
+            for prediction, one in zip(predictions, written, strict=True)
+        ]
+        return explained[0] if isinstance(texts, str) else explained
+
+    def _writer(self) -> Explainer:
+        """Made when it is first needed: to read a tokenizer's words takes a second."""
+        if self._explainer is None:
+            self._explainer = Explainer(self.model, self.prompter)
+        return self._explainer
+
+    def _read(self, texts: list[str], target: str | None) -> tuple[list[list[int]], list[Prediction]]:
+        """The texts' prompts, and what the labels' probabilities are after each."""
+        rendered = self.prompter.render(texts, [target] * len(texts))
         cut = sum(prompt.truncated for prompt in rendered)
         if cut:
             log.warning("%d text(s) cut to fit %d tokens", cut, self.prompter.spec.max_tokens)
-        empty = sum(not text.strip() for text in many)
+        empty = sum(not text.strip() for text in texts)
         if empty:
             log.warning("%d empty text(s): the answer is what the model says of nothing", empty)
         answers = [self.prompter.answers[label] for label in LABELS]
-        rows = scoring.score(self.model, [p.ids for p in rendered], answers, batch_tokens=self.batch_tokens)
-        predictions = [_prediction(row) for row in scoring.probabilities(rows)]
-        return predictions[0] if isinstance(texts, str) else predictions
+        prompts = [prompt.ids for prompt in rendered]
+        rows = scoring.score(self.model, prompts, answers, batch_tokens=self.batch_tokens)
+        return prompts, [_prediction(row) for row in scoring.probabilities(rows)]
 
 
 def _prediction(row: Any) -> Prediction:
