@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from finllm import baselines, data, models, predictions, report, scoring, tracking
+from finllm import baselines, data, library, models, predictions, report, scoring, tracking
 from finllm.data import Parts
 from finllm.errors import DataError, FinllmError, RecipeError, RunError
 from finllm.example import LABELS, SPLITS, Example
@@ -165,6 +165,8 @@ def _failed(run: Run, why: str, cause: Literal["", "out of memory"] = "") -> Non
 def _done(run: Run) -> None:
     replace(Progress.of(run) or Progress("evaluating"), outcome="done").save(run)
 
+
+sys.modules[__name__].__class__ = library.Evaluate
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

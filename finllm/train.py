@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from finllm import data, machine, models
+from finllm import data, library, machine, models
 from finllm.errors import DataError, FinllmError, RecipeError, RunError
 from finllm.exhaustion import cause_of
 from finllm.lengths import lengths_of
 from finllm.plan import Plan, Rows, decide
-from finllm.recipe import load
+from finllm.recipe import Recipe, load
 from finllm.run import Progress, Run, create
 
 RUNS = Path(os.environ.get("FINLLM_RUNS", "runs"))
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     is_main = processes.is_main_process
     run: Run | None = None
     try:
-        run, plan = _prepare(Path(arguments[0]), tuple(arguments[1:]), processes)
+        run, plan = _prepare(Path(arguments[0]), tuple(arguments[1:]), processes, None, RUNS)
         stopped_by = _train(run, plan, processes)
     except (RecipeError, DataError) as error:
         return _failed(run, str(error), "", 2, is_main=is_main)
@@ -47,6 +47,39 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def train(
+    given: Recipe | str | Path, overrides: tuple[str, ...] = (), name: str | None = None, runs: str | Path | None = None
+) -> Run:
+    """The run of a recipe, or of a run folder that ended early, trained to its end in this process on one device.
+
+    Raises FinllmError where it cannot be; whatever ends it, Ctrl-C too, is noted in the run folder, which goes on from
+    its last checkpoint when it is given again.
+    """
+    models.quiet_libraries()
+    processes = _processes()
+    run: Run | None = None
+    try:
+        source = given if isinstance(given, Recipe) else Path(given)
+        run, plan = _prepare(source, overrides, processes, name, Path(runs or RUNS))
+        _refuse_several_gpus(plan)
+        stopped_by = _train(run, plan, processes, listens=False)
+    except BaseException as error:  # the caller gets it; the run folder must say why, too
+        _note(run, str(error) if isinstance(error, FinllmError) else traceback.format_exc(), cause_of(error))
+        raise
+    _say_the_end(run, stopped_by)
+    return run
+
+
+def _refuse_several_gpus(plan: Plan) -> None:
+    import torch
+
+    if plan.device == "cuda" and torch.cuda.device_count() > 1:
+        raise RunError(
+            f"{torch.cuda.device_count()} GPUs can be seen, and one process trains on one: set CUDA_VISIBLE_DEVICES=0 "
+            "before Python starts, or use `finllm launch`, which starts a process for each"
+        )
+
+
 def _processes() -> Any:
     """Accelerate's state of this process and its siblings."""
     import torch
@@ -56,11 +89,13 @@ def _processes() -> Any:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def _prepare(given: Path, overrides: tuple[str, ...], processes: Any) -> tuple[Run, Plan]:
+def _prepare(
+    given: Path | Recipe, overrides: tuple[str, ...], processes: Any, name: str | None, runs: Path
+) -> tuple[Run, Plan]:
     """The run and its plan; a recipe becomes a run folder, made by the first process."""
     from accelerate.utils import broadcast_object_list
 
-    if (given / "plan.json").is_file():
+    if isinstance(given, Path) and (given / "plan.json").is_file():
         run = Run(given.absolute())
         if processes.is_main_process:
             run.progress.unlink(missing_ok=True)  # of an attempt before
@@ -68,7 +103,7 @@ def _prepare(given: Path, overrides: tuple[str, ...], processes: Any) -> tuple[R
     made: list[str | FinllmError | None] = [None]
     if processes.is_main_process:
         try:
-            made = [str(_make_run(given, overrides, processes).folder)]
+            made = [str(_make_run(given, overrides, processes, name, runs).folder)]
         except FinllmError as error:  # the others must hear of it, or they wait for ever
             made = [error]
     broadcast_object_list(made)
@@ -78,21 +113,19 @@ def _prepare(given: Path, overrides: tuple[str, ...], processes: Any) -> tuple[R
     return run, Plan.of(run)
 
 
-def _make_run(given: Path, overrides: tuple[str, ...], processes: Any) -> Run:
-    if given.is_dir():
-        raise RunError(f"{given} is a folder without plan.json; give a run folder, or a recipe's YAML file")
-    recipe = load(given, overrides)
+def _make_run(given: Path | Recipe, overrides: tuple[str, ...], processes: Any, name: str | None, runs: Path) -> Run:
+    recipe = _recipe(given, overrides)
     if recipe.train is None:
         raise RecipeError(f"{given}: has no `train`, so there is nothing to train; `finllm launch` evaluates it")
     parts = data.read_parts(recipe.data)
-    run = create(RUNS, given.stem)
+    run = create(runs, name or ("run" if isinstance(given, Recipe) else given.stem))
     rows = Rows(train=len(parts.train), validation=len(parts.validation), test=len(parts.test))
     plan = decide(
         recipe,
         here=machine.here(),
         rows=rows,
         folder=run.folder,
-        source=str(given),
+        source=str(run.recipe if isinstance(given, Recipe) else given),
         overrides=overrides,
         processes=processes.num_processes,
         texts=lengths_of(parts.train),
@@ -100,6 +133,16 @@ def _make_run(given: Path, overrides: tuple[str, ...], processes: Any) -> Run:
     plan.save(run)
     print(f"run folder: {run.folder}", flush=True)
     return run
+
+
+def _recipe(given: Path | Recipe, overrides: tuple[str, ...]) -> Recipe:
+    if isinstance(given, Recipe):
+        if overrides:
+            raise RecipeError(f"{', '.join(overrides)}: only a file can be overridden; change the Recipe itself")
+        return given
+    if given.is_dir():
+        raise RunError(f"{given} is a folder without plan.json; give a run folder, or a recipe's YAML file")
+    return load(given, overrides)
 
 
 def _checked(plan: Plan, processes: Any) -> Plan:
@@ -110,12 +153,13 @@ def _checked(plan: Plan, processes: Any) -> Plan:
     return plan
 
 
-def _train(run: Run, plan: Plan, processes: Any) -> str | None:
+def _train(run: Run, plan: Plan, processes: Any, *, listens: bool = True) -> str | None:
     from finllm.training import train
     from finllm.training.stopping import StopRequests
 
     stop = StopRequests(run)
-    stop.listen()
+    if listens:
+        stop.listen()
     rank, local_rank = processes.process_index, processes.local_process_index
     return train(run, plan, stop, rank=rank, local_rank=local_rank)
 
@@ -124,13 +168,18 @@ def _failed(
     run: Run | None, message: str, trace: str, status: int, *, is_main: bool, cause: Literal["", "out of memory"] = ""
 ) -> int:
     """Note it in the run folder; the process that ran out of memory does so itself, and what others say then is noise."""
-    if run is not None and (is_main or cause):
-        now = Progress.of(run) or Progress("training")
-        if not now.cause:
-            replace(now, error=trace or message, outcome="failed", cause=cause).save(run)
+    if is_main or cause:
+        _note(run, trace or message, cause)
     if is_main or trace:
         print(message, file=sys.stderr, flush=True)
     return status
+
+
+def _note(run: Run | None, why: str, cause: Literal["", "out of memory"]) -> None:
+    if run is not None:
+        now = Progress.of(run) or Progress("training")
+        if not now.cause:
+            replace(now, error=why, outcome="failed", cause=cause).save(run)
 
 
 def _say_the_end(run: Run, stopped_by: str | None) -> None:
@@ -144,6 +193,8 @@ def _say_the_end(run: Run, stopped_by: str | None) -> None:
     where = kept[-1] if kept else "before the first step"
     print(f"stopped by {stopped_by}; kept {where}\ncontinue: finllm resume {run.folder}", flush=True)
 
+
+sys.modules[__name__].__class__ = library.Train
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
