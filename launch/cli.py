@@ -20,6 +20,7 @@ examples
   finllm resume first                              go on after a stop or a failure
   finllm predict first "Revenue beat estimates"    use it
   cat news.txt | finllm predict first --json       one text a line
+  finllm explain first "Revenue beat estimates"    with the reason for the label
 
 exit status: 0 done, 1 the run failed, 2 the input is wrong, 130 stopped
 runs are in ./runs, in $FINLLM_RUNS, or where --runs says
@@ -101,12 +102,12 @@ def _parser() -> argparse.ArgumentParser:
 
     _run(_verb(verbs, "evaluate", commands.evaluate, "score a trained run again"))
 
-    predict = _verb(verbs, "predict", commands.predict, "sentiment of texts: arguments, a file, or standard input")
-    predict.add_argument("run", metavar="RUN", help="a run, an adapter's folder, or a model of the hub")
-    predict.add_argument("texts", nargs="*", metavar="TEXT")
-    predict.add_argument("--file", type=Path, help="one text a line, UTF-8")
-    predict.add_argument("--json", dest="as_json", action="store_true", help="one JSON object a line")
-    _runs(predict)
+    _texts(_verb(verbs, "predict", commands.predict, "sentiment of texts: arguments, a file, or standard input"))
+    explain = _verb(verbs, "explain", commands.explain, "sentiment of texts, and the model's reason for it")
+    _texts(explain)
+    explain.add_argument(
+        "--max-tokens", type=_count, default=96, metavar="TOKENS", help="of an explanation; a longer one is cut (96)"
+    )
 
     recipes = _verb(verbs, "recipes", commands.recipes, "recipes and what they are for")
     recipes.add_argument(
@@ -136,6 +137,14 @@ def _run(verb: argparse.ArgumentParser) -> None:
     _runs(verb)
 
 
+def _texts(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN", help="a run, an adapter's folder, or a model of the hub")
+    verb.add_argument("texts", nargs="*", metavar="TEXT")
+    verb.add_argument("--file", type=Path, help="one text a line, UTF-8")
+    verb.add_argument("--json", dest="as_json", action="store_true", help="one JSON object a line")
+    _runs(verb)
+
+
 def _runs(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--runs", type=Path, default=usual_runs(), metavar="DIR", help="folder of all runs ($FINLLM_RUNS, or runs)"
@@ -154,6 +163,12 @@ def _seconds(text: str) -> float:
     if not 0 <= seconds < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no waiting time; write seconds from 0")
     return seconds
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of tokens; write 1 or more")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from finllm import embedded
 from finllm.errors import RunError
@@ -184,6 +185,28 @@ def schema() -> int:
 
 def predict(*, run: str, texts: list[str], runs: Path, file: Path | None, as_json: bool) -> int:
     """The sentiment of texts, one line each."""
+    for text, answer in _answers(run, texts, runs, file, lambda predictor, chunk: predictor.predict(chunk)):
+        fields = (answer["sentiment"], f"{answer['confidence']:.3f}", _line(text))
+        print(_json(text, answer) if as_json else "\t".join(fields), flush=True)
+    return DONE
+
+
+def explain(
+    *, run: str, texts: list[str], runs: Path, file: Path | None, as_json: bool, max_tokens: int
+) -> int:  # fmt: skip
+    """The sentiment of texts and the model's reason for it, one line each."""
+    for text, answer in _answers(
+        run, texts, runs, file, lambda predictor, chunk: predictor.explain(chunk, max_tokens=max_tokens)
+    ):
+        fields = (answer["sentiment"], f"{answer['confidence']:.3f}", _line(answer["explanation"]), _line(text))
+        print(_json(text, answer) if as_json else "\t".join(fields), flush=True)
+    return DONE
+
+
+def _answers(
+    run: str, texts: list[str], runs: Path, file: Path | None, ask: Callable[[Any, list[str]], list[Any]]
+) -> Iterator[tuple[str, Any]]:
+    """Each text with what the run's predictor answers when it is asked."""
     if texts and file:
         raise RunError("texts and --file are both given; keep one")
     lines = iter(texts) if texts else _lines(file)
@@ -194,12 +217,16 @@ def predict(*, run: str, texts: list[str], runs: Path, file: Path | None, as_jso
     predictor = SentimentPredictor(source)
     at_once = 1 if not texts and file is None and sys.stdin.isatty() else LINES_AT_ONCE
     while chunk := list(islice(lines, at_once)):
-        for text, answer in zip(chunk, predictor.predict(chunk), strict=True):
-            if as_json:
-                print(json.dumps({"text": text, **answer}, ensure_ascii=False), flush=True)
-            else:
-                print(f"{answer['sentiment']}\t{answer['confidence']:.3f}\t{' '.join(text.split())}", flush=True)
-    return DONE
+        yield from zip(chunk, ask(predictor, chunk), strict=True)
+
+
+def _json(text: str, answer: Any) -> str:
+    return json.dumps({"text": text, **answer}, ensure_ascii=False)
+
+
+def _line(text: str) -> str:
+    """The text on one line, without characters that could steer a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _source(run: str, runs: Path) -> str | Path:
