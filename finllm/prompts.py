@@ -42,7 +42,7 @@ class Prompter:
             raise RunError("the model's tokenizer has no end-of-sequence token, which must follow the label")
         self._special = sorted({t for t in tokenizer.all_special_tokens if len(t) > 1}, key=len, reverse=True)
         self.end: int = tokenizer.eos_token_id
-        self.answers: dict[Label, tuple[int, ...]] = {label: self._answer(label) for label in LABELS}
+        self.answers: dict[Label, tuple[int, ...]] = {label: self.answer(label) for label in LABELS}
         """Token ids of each label as it follows a prompt, without the end."""
         if len(set(self.answers.values())) < len(LABELS):
             raise RunError(f"the model's tokenizer gives two labels the same tokens: {self.answers}")
@@ -78,10 +78,11 @@ class Prompter:
             for whole, text, target, ids in zip(texts, short, about, encoded, strict=True)
         ]
 
-    def _answer(self, label: Label) -> tuple[int, ...]:
-        """What a label adds to the tokens of a prompt; a tokenizer that merges the two is refused."""
+    def answer(self, words: str) -> tuple[int, ...]:
+        """What any answer adds to the tokens of a prompt, without the end; RunError where the tokenizer merges the two."""
+        words = self.plain(words)
         prompt = self.string("Sales rose.")
-        word = label if self.spec.template == "chat" else f" {label}"
+        word = words if self.spec.template == "chat" else f" {words}"
         alone, whole = self.encode([prompt, prompt + word])
         if whole[: len(alone)] != alone or len(whole) == len(alone):
             raise RunError(f"the model's tokenizer merges the prompt's end with {word!r}; choose another template")

@@ -26,6 +26,8 @@ NAME = "shared_prefix"
 """Of the attention, in Transformers' register; and of the argument by which a model passes it a stream's places."""
 IGNORED = -100
 """Label of a position that has no part in the loss."""
+BRANCHES = "branches"
+"""Of a row that goes on in several ways (rows, longest): 0 for the tokens of all ways, then which way."""
 NO_EFFECT = frozenset({"position_ids", "use_cache", "output_hidden_states", "return_dict"})
 """Arguments that Transformers passes down to attention, which does not depend on them."""
 Places = Mapping[str, Any]
@@ -155,7 +157,8 @@ def attention(
         raise RunError(f"attention with {', '.join(unknown)} is not supported on streams")
     longest = shared_prefix["length"] + shared_prefix["rows"].shape[1]
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
-    return _kernel(query)(query, key, value, shared_prefix, window, scaling)[None], None
+    kernel = on_padded_rows if BRANCHES in shared_prefix else _kernel(query)
+    return kernel(query, key, value, shared_prefix, window, scaling)[None], None
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Places, int | None, float | None], Tensor]
@@ -193,7 +196,8 @@ def on_padded_rows(
     if query.is_cuda:  # with a mask, only equal numbers of heads have a fast kernel there
         times = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
-    last = _sdpa(rows(query), after_instruction(key), after_instruction(value), window, scaling)
+    seen = _seen_by_branches(where, window) if BRANCHES in where else None
+    last = _sdpa(rows(query), after_instruction(key), after_instruction(value), window, scaling, seen)
     last = last.transpose(0, 1).flatten(1, 2).index_select(1, where["back"])  # (heads, tokens, size)
     if shared:
         first = _sdpa(query[:, :, :shared], key[:, :, :shared], value[:, :, :shared], window, scaling)
@@ -201,14 +205,34 @@ def on_padded_rows(
     return last.transpose(0, 1)
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: float | None) -> Tensor:
-    """Causal attention whose last query stands at the last key."""
-    queries, keys = query.shape[2], key.shape[2]
-    places_of_keys = torch.arange(keys, device=query.device)
-    distance = places_of_keys[keys - queries :, None] - places_of_keys
-    mask = (distance >= 0) & (distance < (keys if window is None else window))
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: float | None, mask: Tensor | None = None
+) -> Tensor:
+    """Attention under a mask; without one, causal attention whose last query stands at the last key."""
+    if mask is None:
+        queries, keys = query.shape[2], key.shape[2]
+        places_of_keys = torch.arange(keys, device=query.device)
+        distance = places_of_keys[keys - queries :, None] - places_of_keys
+        mask = (distance >= 0) & (distance < (keys if window is None else window))
     several = query.shape[1] != key.shape[1]
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=several)
+
+
+def _seen_by_branches(where: Places, window: int | None) -> Tensor:
+    """(rows, 1, longest, instruction + longest) bool: a token sees what stands before it on its way from the root.
+
+    Two branches of a row do not see each other. Distances are those of positions: branches begin at the same one.
+    """
+    branches, positions, shared = where[BRANCHES], where["positions"], where["length"]
+    longest = branches.shape[1]
+    order = torch.arange(longest, device=branches.device)
+    one_way = (branches[:, None] == 0) | (branches[:, None] == branches[:, :, None])
+    own = (order <= order[:, None]) & one_way
+    seen = torch.cat([own.new_ones(1, 1, shared).expand(*own.shape[:2], -1), own], dim=2)
+    if window is not None:
+        keys = torch.cat([torch.arange(shared, device=order.device).expand(len(positions), -1), positions], dim=1)
+        seen = seen & (positions[:, :, None] - keys[:, None] < window)
+    return seen[:, None]
 
 
 def on_segments(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finllm.fast.streams import Stream
+from finllm.fast.streams import WAYS, Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +129,10 @@ def _turned_back(part: Tensor, stream: Stream, heads: Heads) -> Tensor:
 
 
 def _seen(stream: Stream) -> Tensor:
-    """(tokens, tokens) bool: a token sees the instruction and its own segment, up to itself."""
+    """(tokens, tokens) bool: a token sees the instruction, its trunk and its own segment, up to itself."""
     places = torch.arange(stream.tokens)
-    same = stream.segments[:, None] == stream.segments
+    mine, theirs = stream.segments[:, None], stream.segments
+    same = (mine == theirs) | (mine - mine % WAYS == theirs)
     return (places <= places[:, None]) & (same | (places < stream.shared))
 
 

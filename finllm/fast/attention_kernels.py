@@ -49,6 +49,12 @@ def _heads(base, rows, live, stride, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _of_one_way(mine, theirs):
+    """Which rows' segments (or their trunks, whose numbers are multiples of streams.WAYS, 4) are the keys' segments."""
+    return (mine == theirs) | ((mine & -4) == theirs)
+
+
+@triton.jit
 def _key_places(at, first, span, shared, rows, mine, segments, STEP: tl.constexpr):
     """Places of a step's keys, which are those of the instruction, then those from `first` on; and which rows see."""
     number = at + tl.arange(0, STEP)
@@ -57,7 +63,7 @@ def _key_places(at, first, span, shared, rows, mine, segments, STEP: tl.constexp
     live = number < span
     theirs = tl.load(segments + keys, mask=live, other=-1)
     seen = live[None, :] & (keys[None, :] <= rows[:, None])
-    return keys, live, seen & (common[None, :] | (mine[:, None] == theirs[None, :]))
+    return keys, live, seen & (common[None, :] | _of_one_way(mine[:, None], theirs[None, :]))
 
 
 @triton.jit
@@ -145,7 +151,7 @@ def _keys_step(
         seen = seen & (keys < shared)[:, None]
     else:
         mine = tl.load(segments + rows, mask=live, other=-2)
-        seen = seen & (theirs[:, None] == mine[None, :]) & (keys >= shared)[:, None]
+        seen = seen & _of_one_way(mine[None, :], theirs[:, None]) & (keys >= shared)[:, None]
     for member in range(GROUP):
         head = key_head * GROUP + member
         query = _heads(qkv + head * SIZE, rows, live, stride, SIZE)

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finllm.fast import passes
+from finllm.fast.pairs import Pairs
+from finllm.fast.passes import Objective
 from finllm.fast.streams import Stream, pack
 from finllm.fast.weights import Decoder
 from finllm.progress import Steps
@@ -40,6 +42,28 @@ class Engine:
             )
         self.decoder.give_gradients()
         return loss
+
+    def preference_gradients(self, pairs: Pairs, objective: Objective) -> Tensor:
+        """The objective of the answers' log-probabilities, on the device; adds to the gradients of the LoRA factors."""
+        self.decoder.keep_adopted()
+        with torch.no_grad():
+            self.decoder.refresh()
+            loss = passes.preference_gradients(
+                self.decoder, self._on_device(pairs), objective, recompute=self.recompute
+            )
+        self.decoder.give_gradients()
+        return loss
+
+    def log_probabilities_of_pairs(self, pairs: Pairs) -> Tensor:
+        """Log-probabilities, (2 x pairs,) in nats on the device, of the chosen answers, then of the others."""
+        self.decoder.keep_adopted()
+        with torch.no_grad():
+            self.decoder.refresh()
+            return passes.log_probabilities_of_pairs(self.decoder, self._on_device(pairs))
+
+    def _on_device(self, pairs: Pairs) -> Pairs:
+        table = pairs.table.to(self.decoder.device, non_blocking=True)
+        return replace(pairs, stream=self._moved(pairs.stream), table=table)
 
     def clip(self, most: float) -> Tensor:
         """Scale all gradients down to a norm of at most `most`; returns their norm before."""

@@ -8,11 +8,16 @@ from torch import Tensor
 
 PARTS = 5
 """Numbers kept for each token: id, position, segment, start and end of its segment."""
+WAYS = 4
+"""Segments are numbered in steps of this, so that a row's answers have numbers of their own: the row's and 1, 2."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A stream on a device. A token attends to the instruction and to its own segment, up to itself."""
+    """A stream on a device. A token attends to the instruction, to its row's trunk and to its own segment, up to itself.
+
+    The trunk is the segment whose number is the token's own without the remainder by WAYS; most rows are nothing else.
+    """
 
     numbers: Tensor
     """int32: five for each token, then the places that predict, then what they predict."""
@@ -32,17 +37,17 @@ class Stream:
 
     @property
     def segments(self) -> Tensor:
-        """Number of each token's segment."""
+        """Number of each token's segment, a multiple of WAYS but in answers to one prompt."""
         return self._part(2)
 
     @property
     def starts(self) -> Tensor:
-        """Where each token's segment begins."""
+        """Where each token's row begins."""
         return self._part(3)
 
     @property
     def ends(self) -> Tensor:
-        """Where each token's segment ends."""
+        """Where each token's row ends."""
         return self._part(4)
 
     @property
@@ -79,7 +84,7 @@ def pack(
         start, end = len(ids), len(ids) + len(own)
         ids += own
         positions += range(shared, shared + len(own))
-        segments += [segment] * len(own)
+        segments += [WAYS * segment] * len(own)
         starts += [start] * len(own)
         ends += [end] * len(own)
         predicting += range(end - len(answer), end)
@@ -89,7 +94,7 @@ def pack(
     more = tokens - used
     ids += [0] * more
     positions += range(more)
-    segments += [len(prompts) + 1] * more
+    segments += [WAYS * (len(prompts) + 1)] * more
     starts += [used] * more
     ends += [tokens] * more
     numbers = torch.tensor([*ids, *positions, *segments, *starts, *ends, *predicting, *targets], dtype=torch.int32)
