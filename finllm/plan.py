@@ -4,6 +4,7 @@ import importlib.metadata
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -47,6 +48,8 @@ class Plan(Spec):
     device: Literal["cuda", "cpu"]
     gpu: str
     """Kind of GPU, or empty."""
+    nodes: int = 1
+    """Machines that train together."""
     processes: int
     """Over all nodes; one for each GPU."""
     dtype: Literal["bf16", "fp32"]
@@ -101,10 +104,13 @@ def decide(
     overrides: tuple[str, ...] = (),
     processes: int | None = None,
     texts: Lengths | None = None,
+    nodes: int = 1,
+    python: str = sys.executable,
 ) -> Plan:
-    """What will happen when `recipe` runs on `here`; raises RecipeError where it cannot.
+    """What will happen when `recipe` runs on `here`, or on `nodes` machines like it; raises RecipeError where it cannot.
 
-    `processes` is given where something else has already started them, `texts` where the training texts are at hand.
+    `processes` is given where something else has already started them, `texts` where the training texts are at hand;
+    `python` is the interpreter there.
     """
     asked = recipe.resources
     if asked.gpu is not None:
@@ -112,9 +118,11 @@ def decide(
     gpus = len(here.gpus) if asked.gpus == "auto" else asked.gpus
     if gpus > len(here.gpus):
         raise RecipeError(f"resources.gpus is {gpus}, but {len(here.gpus)} can be seen here; write auto, or fewer")
-    count = processes or gpus or asked.cpu_processes
+    count = processes or nodes * (gpus or asked.cpu_processes)
     if recipe.train is None and processes is None:
-        count = 1
+        count = nodes = 1
+    if here.memory_gib is not None:
+        here = replace(here, memory_gib=nodes * here.memory_gib)  # of all, as the processes are of all
     reasons: list[str] = []
     dtype = _dtype(recipe, here, gpus, reasons)
     _refuse(recipe, gpus)
@@ -129,6 +137,7 @@ def decide(
         overrides=overrides,
         device=place.device,
         gpu=place.name,
+        nodes=nodes,
         processes=count,
         dtype=dtype,
         micro_batch=chosen.micro_batch,
@@ -143,7 +152,7 @@ def decide(
         rows=rows,
         steps=steps_of(recipe.train, rows.train) if recipe.train and rows else None,
         reasons=tuple(reasons),
-        commands=_commands(recipe, folder),
+        commands=_commands(recipe, folder, python),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=commit(),
         versions=versions(),
@@ -219,10 +228,9 @@ def steps_per_epoch(train: Training, rows: int) -> int:
     return -(-rows // train.global_batch)
 
 
-def _commands(recipe: Recipe, folder: Path) -> dict[str, tuple[str, ...]]:
-    """The command of each stage; every backend starts these and no others."""
+def _commands(recipe: Recipe, folder: Path, python: str) -> dict[str, tuple[str, ...]]:
+    """The command of each stage; every backend starts these and no others (of several nodes, each with its rank)."""
     run = Run(folder)
-    python = sys.executable
     accelerate = (python, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(run.accelerate))
     commands = {} if recipe.train is None else {"train": (*accelerate, "-m", "finllm.train", str(folder))}
     return {**commands, "evaluate": (python, "-m", "finllm.evaluate", str(folder))}
@@ -235,12 +243,12 @@ def accelerate_yaml(plan: Plan) -> str:
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "MULTI_GPU" if several else "'NO'",  # MULTI_GPU with use_cpu is gloo
         "mixed_precision": "bf16" if plan.dtype == "bf16" else "'no'",
-        "num_machines": 1,
+        "num_machines": plan.nodes,
         "machine_rank": 0,
-        "main_process_port": 0,  # a free one, so that two runs can share a machine
+        "main_process_port": 0,  # a free one, so that two runs can share a machine; of several nodes, in the command
         "num_processes": plan.processes,
         "use_cpu": str(plan.device == "cpu").lower(),
-        "rdzv_backend": "static",
+        "rdzv_backend": "static" if plan.nodes == 1 else "c10d",
         "same_network": "true",
         "main_training_function": "main",
         "debug": "false",

@@ -59,6 +59,41 @@ class Run:
         """What all processes have said, over all attempts."""
         return self.folder / "log.txt"
 
+    def log_of(self, node: int) -> Path:
+        """What the processes of one node have said; those of the first are in `log`."""
+        return self.log if node == 0 else self.folder / f"log-node{node}.txt"
+
+    @property
+    def logs(self) -> list[Path]:
+        """The log of each node, the first node's first."""
+        others = sorted(self.folder.glob("log-node*.txt"), key=lambda path: int(path.stem.removeprefix("log-node")))
+        return [self.log, *others]
+
+    @property
+    def cluster(self) -> Path:
+        """The cluster profile that the run was submitted with."""
+        return self.folder / "cluster.json"
+
+    @property
+    def code(self) -> Path:
+        """Our own code as it was when the run was submitted."""
+        return self.folder / "code"
+
+    @property
+    def slurm(self) -> Path:
+        """What was submitted, and what SLURM and the start of the job have said."""
+        return self.folder / "slurm"
+
+    @property
+    def submission(self) -> Path:
+        """The jobs of the run in the queue of the cluster."""
+        return self.folder / "submission.json"
+
+    @property
+    def turn(self) -> Path:
+        """What the nodes of a job shall start next; written by the first."""
+        return self.folder / "turn.json"
+
     @property
     def metrics(self) -> Path:
         """Every figure that W&B gets, one JSON object a line."""
@@ -146,7 +181,9 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} is damaged ({error}); restore it, or start the run anew") from error
 
 
-Status = Literal["created", "running", "stopped", "cancelled", "failed", "done"]
+Status = Literal["created", "waiting", "running", "stopped", "cancelled", "failed", "done"]
+ALIVE: tuple[Status, ...] = ("created", "waiting", "running")
+"""States that are not an end."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +207,9 @@ class State:
     error: str = ""
     """Last line of what went wrong."""
     note: str = ""
-    """What the launcher changed in the plan on the way, because memory ran out."""
+    """What happened on the way: why the run was queued again, what changed in the plan because memory ran out."""
+    holder: str = ""
+    """Which attempt may write here: one that lost its node, and lives on, finds another's name and ends."""
 
     def with_(self, **changes: Any) -> Self:
         """The state after these changes."""

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from finllm.run import Run, State
-from launch import local
-from launch.supervisor import STAGES, Stage
+from launch import local, slurm
+from launch.place import STAGES, Seen, Stage
 
 
 class Backend(Protocol):
@@ -17,12 +17,15 @@ class Backend(Protocol):
     def alive(self, run: Run, state: State) -> bool:
         """Whether anything of the run lives."""
 
-    def lost(self, state: State) -> bool:
-        """Whether the run ended without anybody noting it."""
+    def seen(self, items: Sequence[tuple[Run, State]]) -> list[Seen]:
+        """How runs stand."""
+
+    def hint(self, run: Run, state: State) -> str:
+        """What to say of a run that goes on without the terminal."""
 
     def cancel(self, run: Run, state: State, wait: float) -> State:
         """End the run, after `wait` seconds by force; returns its last state."""
 
 
-BACKENDS: dict[str, Backend] = {"local": local}
+BACKENDS: dict[str, Backend] = {"local": local, "slurm": slurm}
 """By the name that state.json keeps; a new place is a module beside this file and a line here."""

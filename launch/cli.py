@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 from finllm.errors import FinllmError
-from launch import commands, shipped
+from launch import commands, serving, shipped, starting
+from launch import export as exporting
+from launch.endings import DONE, INTERRUPTED, WRONG
 from launch.show import forget_output, usual_runs
 
 DESCRIPTION = "Fine-tune open language models to read the sentiment of financial text."
@@ -21,6 +23,7 @@ examples
   finllm predict first "Revenue beat estimates"    use it
   cat news.txt | finllm predict first --json       one text a line
   finllm explain first "Revenue beat estimates"    with the reason for the label
+  finllm serve first                               over HTTP; `finllm demo first` is a page
 
 exit status: 0 done, 1 the run failed, 2 the input is wrong, 130 stopped
 runs are in ./runs, in $FINLLM_RUNS, or where --runs says
@@ -36,24 +39,24 @@ def main(arguments: list[str] | None = None) -> int:
     chosen.pop("verb", None)
     if command is None:
         parser.print_help()
-        return commands.WRONG
+        return WRONG
     _place(parser, rest, chosen)
     try:
         return command(**chosen)
     except FinllmError as error:
         print(f"finllm: {error}", file=sys.stderr)
-        return commands.WRONG
+        return WRONG
     except KeyboardInterrupt:
         print("\nfinllm: interrupted", file=sys.stderr)
-        return commands.INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         forget_output()
-        return commands.DONE
+        return DONE
 
 
 def _place(parser: argparse.ArgumentParser, rest: list[str], chosen: dict[str, object]) -> None:
     """Overrides, texts or runs that stand after an option, where argparse takes no more of them; refuses all else."""
-    several = next((value for value in chosen.values() if isinstance(value, list)), None)
+    several = next((value for name, value in chosen.items() if isinstance(value, list) and name != "sweep"), None)
     verbatim = False
     for argument in rest:
         if several is not None and (verbatim or not argument.startswith("-")):
@@ -74,10 +77,18 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands")
 
-    launch = _verb(verbs, "launch", commands.launch, "train and evaluate as a recipe says")
+    launch = _verb(verbs, "launch", starting.launch, "train and evaluate as a recipe says")
     _recipe(launch)
     launch.add_argument("--name", help="of the run; else that of the recipe")
     launch.add_argument("--dry-run", action="store_true", help="only show the plan")
+    _cluster(launch)
+    launch.add_argument(
+        "--evaluate-on", type=Path, metavar="PROFILE", help="evaluate in a second job, on another cluster profile"
+    )
+    launch.add_argument(
+        "--sweep", action="append", default=[], metavar="key=a,b",
+        help="a run for each value; given again, for each combination",
+    )  # fmt: skip
     _detach(launch)
     _runs(launch)
 
@@ -96,11 +107,12 @@ def _parser() -> argparse.ArgumentParser:
         "--wait", type=_seconds, default=30.0, metavar="SECONDS", help="to save a checkpoint, before force (30)"
     )
 
-    resume = _verb(verbs, "resume", commands.resume, "go on with a run that was stopped, failed or lost")
+    resume = _verb(verbs, "resume", starting.resume, "go on with a run that was stopped, failed or lost")
     _run(resume)
+    _cluster(resume)
     _detach(resume)
 
-    _run(_verb(verbs, "evaluate", commands.evaluate, "score a trained run again"))
+    _run(_verb(verbs, "evaluate", starting.evaluate, "score a trained run again"))
 
     _texts(_verb(verbs, "predict", commands.predict, "sentiment of texts: arguments, a file, or standard input"))
     explain = _verb(verbs, "explain", commands.explain, "sentiment of texts, and the model's reason for it")
@@ -108,6 +120,27 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--max-tokens", type=_count, default=96, metavar="TOKENS", help="of an explanation; a longer one is cut (96)"
     )
+
+    export = _verb(
+        verbs, "export", exporting.export, "write a trained run for other programs, checked, with a model card"
+    )
+    _run(export)
+    export.add_argument(
+        "--format", dest="form", choices=["merged", "adapter", "gguf"], default="merged",
+        help="whole weights in safetensors (the default), the adapter alone, or a file for llama.cpp",
+    )  # fmt: skip
+    export.add_argument("--to", type=Path, metavar="FOLDER", help="a new folder; else RUN/export/FORMAT")
+    export.add_argument("--push", metavar="REPO", help="upload to the Hugging Face hub after asking")
+    export.add_argument("--yes", action="store_true", help="do not ask")
+    export.add_argument("--converter", type=Path, metavar="PATH", help="folder of llama.cpp ($LLAMA_CPP, or the PATH)")
+
+    serve = _verb(verbs, "serve", serving.serve, "answer over HTTP, reading together what comes together")
+    serving.add_serve_options(serve)
+    _runs(serve)
+
+    demo = _verb(verbs, "demo", serving.demo, "a page to try a model in the browser")
+    serving.add_demo_options(demo)
+    _runs(demo)
 
     recipes = _verb(verbs, "recipes", commands.recipes, "recipes and what they are for")
     recipes.add_argument(
@@ -148,6 +181,16 @@ def _texts(verb: argparse.ArgumentParser) -> None:
 def _runs(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--runs", type=Path, default=usual_runs(), metavar="DIR", help="folder of all runs ($FINLLM_RUNS, or runs)"
+    )
+
+
+def _cluster(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--cluster",
+        dest="cluster_profile",
+        type=Path,
+        metavar="PROFILE",
+        help="submit to SLURM: a file such as slurm/a100.yaml",
     )
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -12,96 +12,21 @@ from typing import Any
 
 from finllm import embedded
 from finllm.errors import RunError
-from finllm.plan import Plan
 from finllm.recipe import Recipe
-from finllm.run import Progress, Run, State, find
-from launch import BACKENDS, planning, shipped, tables
-from launch.show import Tail, called
-from launch.supervisor import STAGES, WAITING, Stage
+from finllm.run import ALIVE, Progress, Run, State, find, write_text
+from launch import BACKENDS, finding, planning, shipped, tables
+from launch.endings import DONE
+from launch.place import WAITING
+from launch.show import Tail
 
-DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
-"""Exit statuses; 130 is what shells give for Ctrl-C."""
 LINES_AT_ONCE = 64
 """Texts from standard input that are predicted together."""
-LAST_LINES = 15
-
-
-def launch(*, recipe: str, overrides: list[str], name: str | None, runs: Path, dry_run: bool, detach: bool) -> int:
-    """Start a run of a recipe, or show what it would be."""
-    if dry_run:
-        plan = planning.preview(recipe, tuple(overrides), name, runs)
-        print(*tables.plan_lines(plan, runs / plan.name), "", *tables.command_lines(plan), sep="\n")
-        return DONE
-    run = planning.prepare(recipe, tuple(overrides), name, runs)
-    print(*tables.plan_lines(Plan.of(run), run.folder), "", sep="\n", flush=True)
-    return _start(run, detach=detach)
-
-
-def resume(*, run: str, runs: Path, detach: bool) -> int:
-    """Go on with a run that has ended early."""
-    found = find(run, runs)
-    state = State.of(found)
-    if state is not None and state.status == "done":
-        print(f"{found.name} is done; its report is {found.report}")
-        return DONE
-    return _start(found, detach=detach)
-
-
-def evaluate(*, run: str, runs: Path) -> int:
-    """Score a trained run (again)."""
-    found = find(run, runs)
-    if "train" in Plan.of(found).commands and not found.adapter.is_dir():
-        raise RunError(
-            f"{found.name} has no trained weights yet; `finllm resume {called(found)}` trains and evaluates it"
-        )
-    return _start(found, detach=False, stages=["evaluate"])
-
-
-def _start(run: Run, *, detach: bool, stages: Sequence[Stage] = STAGES) -> int:
-    before = State.of(run)
-    backend = BACKENDS[before.backend if before else "local"]
-    state = backend.start(run, detach=detach, stages=stages)
-    if state.status == "running":
-        print(f"{run.name} runs without this terminal (process {state.pid})")
-        print(
-            f"  follow   finllm logs {called(run)} -f\n  look     finllm status {called(run)}\n  end      finllm cancel {called(run)}"
-        )
-        return DONE
-    return _say_the_end(run, state)
-
-
-def _say_the_end(run: Run, state: State) -> int:
-    if state.status == "done":
-        made = {"report": run.report, "scores": run.scores, "adapter": run.adapter, "log": run.log}
-        print("", *(f"{name:8} {path}" for name, path in made.items() if path.exists()), sep="\n")
-        return DONE
-    if state.status == "failed":
-        _say_the_failure(run, state)
-        return FAILED
-    kept = run.complete_checkpoints()
-    print(f"\n{run.name} is {state.status}; {f'newest checkpoint {kept[-1].name}' if kept else 'no checkpoint yet'}")
-    print(f"  go on    finllm resume {called(run)}")
-    return INTERRUPTED
-
-
-def _say_the_failure(run: Run, state: State) -> None:
-    progress = Progress.of(run)
-    trace = progress.error.rstrip() if progress else ""
-    said = trace.splitlines() or [line for line in Tail(run.log).read(to_end=True) if line.strip()]
-    kept = run.complete_checkpoints()
-    print("", *said[-LAST_LINES:], "", f"{run.name} failed in {state.stage}: {state.error}", sep="\n", file=sys.stderr)
-    print(f"  log      {run.log}", file=sys.stderr)
-    print(
-        f"  go on    finllm resume {called(run)}, from "
-        + (kept[-1].name if kept and state.stage == "train" else f"the beginning of {state.stage}"),
-        file=sys.stderr,
-    )
 
 
 def status(*, names: list[str], runs: Path, as_json: bool) -> int:
     """How runs stand."""
-    chosen = [find(name, runs) for name in names] if names else _all(runs)
-    standings = [tables.standing(run) for run in chosen]
+    chosen = [run for name in names for run in finding.runs_of(name, runs)] if names else _all(runs)
+    standings = tables.standings(chosen)
     if as_json:
         print(json.dumps([asdict(standing) for standing in standings], indent=1))
         return DONE
@@ -120,35 +45,54 @@ def _all(runs: Path) -> list[Run]:
 
 
 def logs(*, run: str, runs: Path, follow: bool) -> int:
-    """The log of a run, the reason of a failure first."""
-    found = find(run, runs)
+    """The logs of a run's nodes, the reason of a failure first."""
+    found = finding.run_of(run, runs)
     state, progress = State.of(found), Progress.of(found)
     if state is not None and state.status == "failed" and progress is not None and progress.error:
         print(progress.error.rstrip(), "\n--- the whole log:\n", sep="\n")
-    tail = Tail(found.log)
+    elif state is not None and (
+        lost := [seen for seen in BACKENDS[state.backend].seen([(found, state)]) if seen.error]
+    ):
+        print(*(seen.error for seen in lost), "\n--- the whole log:\n", sep="\n")
+    tails: dict[Path, Tail] = {}
     while follow and (state := State.of(found)) is not None and BACKENDS[state.backend].alive(found, state):
-        print(*(f"{line}\n" for line in tail.read()), sep="", end="", flush=True)
+        _print_new(found, tails)
         time.sleep(0.2)
-    print(*(f"{line}\n" for line in tail.read(to_end=True)), sep="", end="", flush=True)
+    _print_new(found, tails, to_end=True)
     return DONE
+
+
+def _print_new(run: Run, tails: dict[Path, Tail], *, to_end: bool = False) -> None:
+    """What has been said since the last call; lines of all nodes but the first say so."""
+    for path in run.logs:
+        prefix = "" if path == run.log else f"{path.stem.removeprefix('log-')} | "
+        for line in tails.setdefault(path, Tail(path)).read(to_end=to_end):
+            print(f"{prefix}{line}", flush=True)
 
 
 def cancel(*, run: str, runs: Path, wait: float) -> int:
-    """End a run."""
-    found = find(run, runs)
-    state = State.of(found)
-    if state is None:
-        raise RunError(
-            f"{found.name} was not started by `finllm launch`; create {found.stop_request} to ask it to stop"
-        )
-    backend = BACKENDS[state.backend]
-    if state.status not in ("created", "running") and not backend.alive(found, state):
-        print(f"{found.name} has ended already: {state.status}")
-        return DONE
-    print(f"asked {found.name} to save and stop; it is ended by force in {wait:.0f} s", flush=True)
-    after = backend.cancel(found, state, wait)
-    print(f"{found.name}: {after.status}")
+    """End a run, or all cells of a sweep."""
+    found = finding.runs_of(run, runs)
+    for one in found:  # all are asked before the first is waited for
+        state = State.of(one)
+        if len(found) > 1 and state is not None and state.status in ALIVE:
+            write_text(one.stop_request, "cancel\n")
+    for one in found:
+        _cancel(one, wait)
     return DONE
+
+
+def _cancel(run: Run, wait: float) -> None:
+    state = State.of(run)
+    if state is None:
+        raise RunError(f"{run.name} was not started by `finllm launch`; create {run.stop_request} to ask it to stop")
+    backend = BACKENDS[state.backend]
+    if state.status not in ALIVE and not backend.alive(run, state):
+        print(f"{run.name} has ended already: {state.status}")
+        return
+    print(f"asked {run.name} to save and stop; it is ended by force in {wait:.0f} s", flush=True)
+    after = backend.cancel(run, state, wait)
+    print(f"{run.name}: {after.status}")
 
 
 def recipes(*, folder: Path) -> int:
@@ -210,11 +154,11 @@ def _answers(
     if texts and file:
         raise RunError("texts and --file are both given; keep one")
     lines = iter(texts) if texts else _lines(file)
-    source = _source(run, runs)
+    model = source(run, runs)
     os.environ.setdefault("OMP_WAIT_POLICY", WAITING)  # read when torch is imported
     from finllm import SentimentPredictor
 
-    predictor = SentimentPredictor(source)
+    predictor = SentimentPredictor(model)
     at_once = 1 if not texts and file is None and sys.stdin.isatty() else LINES_AT_ONCE
     while chunk := list(islice(lines, at_once)):
         yield from zip(chunk, ask(predictor, chunk), strict=True)
@@ -229,7 +173,7 @@ def _line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def _source(run: str, runs: Path) -> str | Path:
+def source(run: str, runs: Path) -> str | Path:
     """What the name stands for: a run first, then a folder, a model of the hub, the embedded model."""
     # A misspelt run is not looked for on the hub, which takes a minute where there is no network.
     is_other = Path(run).exists() or "/" in run or run == embedded.NAME

@@ -8,10 +8,11 @@ import time
 from collections.abc import Sequence
 
 from finllm.errors import RunError
-from finllm.run import Run, State, write_text
+from finllm.run import ALIVE, Run, State, write_text
 from launch import tether
+from launch.place import STAGES, Seen, Stage, mark, stop_seconds
 from launch.show import called, view
-from launch.supervisor import STAGES, Stage, mark, now, stop_seconds, supervise
+from launch.supervisor import now, supervise
 
 START_SECONDS = 30.0
 """In which a supervisor without a terminal must have begun; it takes half a second."""
@@ -47,9 +48,22 @@ def supervised(state: State) -> bool:
     return state.pid > 0 and state.pid_started > 0 and tether.start_ticks(state.pid) == state.pid_started
 
 
-def lost(state: State) -> bool:
-    """Whether the run is said to be running although its supervisor has gone (killed, or the machine restarted)."""
-    return state.status == "running" and state.host == socket.gethostname() and not supervised(state)
+def seen(items: Sequence[tuple[Run, State]]) -> list[Seen]:
+    """How runs stand: as state.json says, but `lost` where the supervisor was killed, or the machine restarted."""
+    here = socket.gethostname()
+
+    def one(state: State) -> Seen:
+        where = f"local, {state.host}"
+        if state.status == "running" and state.host == here and not supervised(state):
+            return Seen("lost", where, error="its supervisor was killed, or the machine restarted")
+        return Seen(state.status, where, error=state.error)
+
+    return [one(state) for _, state in items]
+
+
+def hint(run: Run, state: State) -> str:
+    """What to say of a run that goes on without the terminal."""
+    return f"{run.name} runs without this terminal (process {state.pid})"
 
 
 def cancel(run: Run, state: State, wait: float) -> State:
@@ -66,7 +80,7 @@ def cancel(run: Run, state: State, wait: float) -> State:
         if ending.left:
             raise RunError(f"process(es) {', '.join(map(str, ending.left))} cannot be killed; they wait for a device")
         latest = State.of(run) or state
-        if latest.status not in ("created", "running"):
+        if latest.status not in ALIVE:
             return latest
         if not supervised(latest) or time.monotonic() > began + wait + ACKNOWLEDGE_SECONDS:
             latest = latest.with_(status="cancelled", ended=now())  # nobody else will write it

@@ -6,6 +6,7 @@ import shutil
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from finllm import data, machine
 from finllm.data import DatasetSpec, Parts
@@ -16,43 +17,62 @@ from finllm.lengths import Lengths, lengths_of
 from finllm.plan import Plan, Rows, decide
 from finllm.recipe import Recipe, load
 from finllm.run import Run, State, create
+from launch import cluster as clusters
 from launch import shipped
+from launch.cluster import Cluster
+from launch.place import Stage
 
 
-def preview(recipe_name: str, overrides: tuple[str, ...], name: str | None, runs: Path) -> Plan:
+def preview(
+    recipe_name: str, overrides: tuple[str, ...], name: str | None, runs: Path, cluster: Cluster | None = None
+) -> Plan:
     """The plan that a launch would have; makes nothing, downloads nothing."""
     path = shipped.find(recipe_name)
     recipe = load(path, overrides)
     parts, why_not = _parts_at_hand(recipe)
-    rows, texts = (_rows(parts), _lengths(parts)) if parts else (None, None)
+    rows, texts = (_rows(parts), _lengths(recipe, parts)) if parts else (None, None)
     folder = _free(runs, name or default_name(path))
     plan = decide(
-        recipe, here=machine.here(), rows=rows, folder=folder, source=str(path), overrides=overrides, texts=texts
+        recipe, rows=rows, folder=folder, source=str(path), overrides=overrides, texts=texts, **_where(cluster)
     )
     return plan if rows else plan.model_copy(update={"reasons": (*plan.reasons, f"rows not counted: {why_not}")})
 
 
-def prepare(recipe_name: str, overrides: tuple[str, ...], name: str | None, runs: Path) -> Run:
-    """A new run folder with a plan for this machine; raises FinllmError, and leaves nothing, where it cannot run here."""
+def prepare(
+    recipe_name: str, overrides: tuple[str, ...], name: str | None, runs: Path, cluster: Cluster | None = None
+) -> Run:
+    """A new run folder with a plan; raises FinllmError, and leaves nothing, where it cannot run here or on `cluster`."""
     path = shipped.find(recipe_name)
     recipe = load(path, overrides)
     if recipe.resources.gpu is not None:
         raise RecipeError(
             f"{path}: resources.gpu is {recipe.resources.gpu}: that is for plans only; take it out, or use --dry-run"
         )
-    here, parts = machine.here(), _parts(recipe)
+    where, parts = _where(cluster), _parts(recipe)
     run = _create(runs, name or default_name(path))
     try:
         plan = decide(
-            recipe, here=here, rows=_rows(parts), folder=run.folder, source=str(path), overrides=overrides,
-            texts=_lengths(parts),
+            recipe, rows=_rows(parts), folder=run.folder, source=str(path), overrides=overrides, texts=_lengths(recipe, parts),
+            **where,
         )  # fmt: skip
         plan.save(run)
-        State("created", stage="train" if recipe.train else "evaluate", host=socket.gethostname()).save(run)
+        stage: Stage = "train" if recipe.train else "evaluate"
+        if cluster is None:
+            State("created", stage=stage, host=socket.gethostname()).save(run)
+        else:
+            clusters.save(run, cluster)
+            State("created", stage=stage, backend="slurm").save(run)
     except BaseException:
         shutil.rmtree(run.folder)
         raise
     return run
+
+
+def _where(cluster: Cluster | None) -> dict[str, Any]:
+    """What the plan must know of the place; GPUs of a cluster need not be seen from here."""
+    if cluster is None:
+        return {"here": machine.here()}
+    return {"here": cluster.machine(), "nodes": cluster.nodes, "python": cluster.interpreter}
 
 
 def default_name(recipe: Path) -> str:
@@ -85,9 +105,9 @@ def _rows(parts: Parts) -> Rows:
     return Rows(train=len(parts.train), validation=len(parts.validation), test=len(parts.test))
 
 
-def _lengths(parts: Parts) -> Lengths | None:
+def _lengths(recipe: Recipe, parts: Parts) -> Lengths | None:
     """Of the texts that are trained on, or else scored."""
-    return lengths_of(parts.train or parts.test)
+    return lengths_of(parts.train or parts.test, recipe.explanations)
 
 
 def _parts_at_hand(recipe: Recipe) -> tuple[Parts | None, str]:

@@ -1,32 +1,25 @@
-"""The supervisor of a local run: starts each stage, shows it, passes requests to stop on, keeps state.json."""
+"""The supervisor of a run: starts each stage, shows it, passes requests to stop on, keeps state.json."""
 
 import contextlib
-import fcntl
 import itertools
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Literal, get_args
 
 from finllm.errors import RunError
 from finllm.plan import Plan
 from finllm.run import Progress, Run, State, Status, write_json, write_text
 from launch import tether
 from launch.lowering import ADVICE, lowered
-from launch.show import Silent, Tail, View, called
+from launch.place import STAGES, Here, Stage, environment_of
+from launch.show import Silent, Tail, View
 
-Stage = Literal["train", "evaluate"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
-WAITING = "PASSIVE"
-"""For OMP_WAIT_POLICY: threads that spin while they wait take the core that the others wait for, where other programs
-run too. Two threads beside another busy process: 2.1 s instead of 12 s for a forward pass of SmolLM2 over 1,024 tokens."""
 OTHERS_SECONDS = 15.0
 """In which the processes of a run in which one ran out of memory may end by themselves."""
 SAME_KEYPRESS_SECONDS = 0.5
@@ -36,10 +29,11 @@ LAUNCHER_ERRORS = ("subprocess.CalledProcessError", "torch.distributed.elastic")
 """What `accelerate launch` and torchrun say when a trainer failed: true, and not the cause."""
 
 
-def supervise(run: Run, view: View, stages: Sequence[Stage] = STAGES) -> State:
+def supervise(run: Run, view: View, stages: Sequence[Stage] = STAGES, place: Here | None = None) -> State:
     """Run those stages of the plan that are not done yet, one after the other; returns the state at the end."""
-    with _alone(run), _signals() as received:
-        return _Supervisor(run, view, received).attend(stages)
+    place = place or Here(run)
+    with place.alone(), _noting(place):
+        return _Supervisor(run, view, place).attend(stages)
 
 
 def detached() -> None:
@@ -48,19 +42,8 @@ def detached() -> None:
     supervise(Run(Path(folder)), Silent(), [stage for stage in STAGES if stage in stages])
 
 
-def mark(run: Run) -> str:
-    """What every process of the run carries in its environment."""
-    return str(run.folder.resolve())
-
-
-def stop_seconds() -> float:
-    """How long a trainer may take to save its checkpoint and end, before it is ended: $FINLLM_STOP_SECONDS, or 120."""
-    text = os.environ.get("FINLLM_STOP_SECONDS", "120")
-    if not re.fullmatch(r"\d+(\.\d+)?", text):
-        raise RunError(
-            f"FINLLM_STOP_SECONDS is {text!r} in the environment; it must be a number of seconds, such as 300"
-        )
-    return float(text)
+class SupersededError(RunError):
+    """Another attempt has the run: this one lost its node and did not know."""
 
 
 def now() -> str:
@@ -71,11 +54,12 @@ def now() -> str:
 class _Supervisor:
     """One attempt at a run."""
 
-    def __init__(self, run: Run, view: View, received: list[tuple[int, float]]) -> None:
-        self._run, self._view, self._received = run, view, received
+    def __init__(self, run: Run, view: View, place: Here) -> None:
+        self._run, self._view, self._place = run, view, place
+        self._received = place.received
         self._plan = Plan.of(run)
-        self._mark = mark(run)
-        self._wait = stop_seconds()
+        self._mark = place.mark
+        self._wait = place.wait
         self._log_start = run.log.stat().st_size if run.log.exists() else 0
         self._tail = Tail(run.log, self._log_start)
         self._before = State.of(run) or State("created")
@@ -84,11 +68,12 @@ class _Supervisor:
 
     def attend(self, stages: Sequence[Stage]) -> State:
         self._run.stop_request.unlink(missing_ok=True)
-        again = self._before.status != "created" and "train" in stages
-        self._change(
-            status="running", attempt=self._before.attempt + again, backend="local", host=socket.gethostname(),
-            pid=os.getpid(), pid_started=tether.start_ticks(os.getpid()), started=now(), ended="", error="",
+        again = bool(self._before.started) and "train" in stages
+        self._state = self._before.with_(
+            status="running", attempt=self._before.attempt + again, backend=self._place.backend, pid=os.getpid(),
+            pid_started=tether.start_ticks(os.getpid()), started=now(), ended="", error="", **self._place.named(),
         )  # fmt: skip
+        self._state.save(self._run)
         for stage in self._left(stages):
             end = self._tried(stage)
             if end != "done":
@@ -136,17 +121,20 @@ class _Supervisor:
         """Run one stage; returns its exit status, 128 + N where signal N ended it."""
         self._run.progress.unlink(missing_ok=True)  # of the stage before, or of the attempt before
         self._change(stage=stage)
-        self._say(f"attempt {self._state.attempt}, {stage}, {now()}")
+        self._say(f"attempt {self._state.attempt}, {stage}, {now()}, on {self._state.host}")
+        command = self._place.command(stage, self._plan.commands[stage])
+        stop, environment = self._run.stop_request, environment_of(self._plan, stage, self._place)
         with self._run.log.open("ab") as log:
-            child = tether.start(self._plan.commands[stage], self._mark, self._wait, log, self._environment(stage))
+            child = tether.start(command, self._mark, stop, self._wait, log, environment)
         assert child.stdin is not None, "the tether's life line is a pipe"
         try:
             self._change(group=child.pid)
             while child.poll() is None:
                 if self._stop_asked():
                     self._stop()
-                elif self._out_of_memory():  # the others would wait for the process that has gone
+                elif self._one_failed():  # the others would wait for the process that has gone
                     tether.end(self._mark, OTHERS_SECONDS)
+                self._check()
                 self._show()
                 time.sleep(tether.POLL_SECONDS)
             tether.end(self._mark, 0)  # where somebody has killed the tether
@@ -159,18 +147,18 @@ class _Supervisor:
             self._killed_by = signal.Signals(status - 128).name
         return status
 
-    def _environment(self, stage: Stage) -> dict[str, str]:
-        own = {
-            "PYTHONUNBUFFERED": "1",
-            "TOKENIZERS_PARALLELISM": "false",  # tokenizers warn of it when a data loader forks
-            # torchrun kills its workers 30 s after SIGTERM, which may be in the middle of a checkpoint
-            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(self._wait + tether.KILL_SECONDS + 60)),
-        }
-        if self._plan.device == "cpu":  # else accelerate shares out all cores, also those that are not ours
-            threads = len(os.sched_getaffinity(0)) // (self._plan.processes if stage == "train" else 1)
-            own["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, threads)))
-            own["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", WAITING)
-        return {**os.environ, **own}
+    def _one_failed(self) -> bool:
+        """Whether a process has failed that does not end by itself, or that others wait for."""
+        progress = Progress.of(self._run)
+        return (
+            progress is not None and progress.outcome == "failed" and bool(progress.cause or self._plan.processes > 1)
+        )
+
+    def _check(self) -> None:
+        """End everything here, and write nothing, where another attempt has taken the run over."""
+        if not self._place.holds(self._state):
+            tether.end(self._mark, 0)
+            raise SupersededError(f"{self._run.name}: another attempt goes on with it; this one ends here")
 
     def _stop_asked(self) -> bool:
         """Whether somebody wants the run to stop; passes a signal on to the trainer."""
@@ -178,7 +166,7 @@ class _Supervisor:
             name = signal.Signals(self._received[0][0]).name
             self._say(
                 f"{'Ctrl-C' if name == 'SIGINT' else name}: asked the run to save and stop; it has {self._wait:.0f} s "
-                "(Ctrl-C again: end it now)"
+                f"{self._place.grace}".rstrip()
             )
             write_text(self._run.stop_request, "stop\n")
         return self._run.stop_request.exists()
@@ -223,6 +211,7 @@ class _Supervisor:
         return self._state
 
     def _change(self, **changes: object) -> None:
+        self._check()
         self._state = self._state.with_(**changes)
         self._state.save(self._run)
 
@@ -256,30 +245,15 @@ def _word(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _alone(run: Run) -> Iterator[None]:
-    """Refuse a second supervisor of the same run; the lock goes with the process, however it ends."""
-    with (run.folder / "supervisor.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"{run.name} is being run already; see `finllm status {called(run)}`") from error
-        yield
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[tuple[int, float]]]:
-    """Note the signals that ask for an end, with their time, instead of dying of them."""
-    received: list[tuple[int, float]] = []
+def _noting(place: Here) -> Iterator[None]:
+    """Note the signals that ask for an end instead of dying of them."""
 
     def note(number: int, _: FrameType | None) -> None:
-        received.append((number, time.monotonic()))
+        place.received.append((number, time.monotonic()))
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup: the closing terminal shall not matter
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, note) for number in numbers}
+    before = {number: signal.signal(number, note) for number in place.signals}
     try:
-        yield received
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

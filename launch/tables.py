@@ -18,6 +18,7 @@ from finllm.plan import Plan
 from finllm.recipe import Recipe, load
 from finllm.run import Progress, Run, State
 from launch import BACKENDS, shipped
+from launch.place import Seen
 from launch.show import called, clock
 
 WIDEST = 10_000
@@ -129,19 +130,30 @@ class Standing:
     elapsed_seconds: float | None
     seconds_left: float | None
     where: str
+    waits_for: str
+    """Why a job has not started yet, in SLURM's word."""
+    note: str
     error: str
 
 
-def standing(run: Run) -> Standing:
-    """How a run stands, from what its launcher and its worker have written."""
-    state, progress = State.of(run), Progress.of(run)
-    lost = state is not None and BACKENDS[state.backend].lost(state)
-    status = "unknown" if state is None else "lost" if lost else state.status
-    going_on = status in ("running", "unknown")
+def standings(runs: Sequence[Run]) -> list[Standing]:
+    """How runs stand, from what their launchers and workers have written, and from the queue of the cluster."""
+    states = {run: State.of(run) for run in runs}
+    seen: dict[Run, Seen] = {}
+    for name, backend in BACKENDS.items():
+        items = [(run, state) for run, state in states.items() if state is not None and state.backend == name]
+        seen |= zip((run for run, _ in items), backend.seen(items), strict=True)
+    elsewhere = Seen("unknown", "started without `finllm launch`")
+    return [_standing(run, states[run], seen.get(run, elsewhere)) for run in runs]
+
+
+def _standing(run: Run, state: State | None, seen: Seen) -> Standing:
+    progress = Progress.of(run)
+    going_on = seen.status in ("running", "unknown")
     return Standing(
         name=run.name,
         folder=str(run.folder),
-        status=status,
+        status=seen.status,
         stage=state.stage if state else "",
         doing=progress.stage if progress and going_on else "",
         done=progress.done if progress else None,
@@ -149,10 +161,12 @@ def standing(run: Run) -> Standing:
         unit=progress.unit if progress else "",
         loss=progress.loss if progress else None,
         attempt=state.attempt if state else None,
-        elapsed_seconds=None if state is None or lost else _elapsed(state),
+        elapsed_seconds=None if state is None or seen.status in ("lost", "waiting") else _elapsed(state),
         seconds_left=progress.seconds_left if progress and going_on else None,
-        where=f"{state.backend}, {state.host}" if state else "started without `finllm launch`",
-        error=state.error if state else "",
+        where=seen.where,
+        waits_for=seen.waits_for,
+        note=state.note if state else "",
+        error=seen.error,
     )
 
 
@@ -170,7 +184,7 @@ def runs(standings: Sequence[Standing]) -> Table:
     for run in standings:
         table.add_row(
             run.name,
-            run.status,
+            f"{run.status} ({run.waits_for})" if run.waits_for else run.status,
             run.doing or run.stage,
             "" if run.done is None else f"{run.done}/{run.total or '?'} {run.unit}",
             "" if run.loss is None else f"{run.loss:.4g}",
@@ -186,11 +200,14 @@ def remarks(standings: Sequence[Standing]) -> list[str]:
     """What to know, and to do, about runs that have not ended well."""
     say = {
         "failed": "{name} failed: {error}\n  `finllm logs {call}` says more; `finllm resume {call}` tries again",
-        "lost": "{name} is lost: its supervisor was killed, or the machine restarted\n  `finllm resume {call}` goes on",
+        "lost": "{name} is lost: {error}\n  `finllm resume {call}` goes on",
         "stopped": "{name} is stopped; `finllm resume {call}` goes on",
     }
-    return [
-        say[run.status].format(name=run.name, error=run.error, call=called(Run(Path(run.folder))))
-        for run in standings
-        if run.status in say
-    ]
+    lines = []
+    for run in standings:
+        call = called(Run(Path(run.folder)))
+        if run.note:
+            lines.append(f"{run.name}: {run.note}")
+        if run.status in say:
+            lines.append(say[run.status].format(name=run.name, error=run.error, call=call))
+    return lines

@@ -18,7 +18,7 @@ from finllm.plan import Plan, Rows, decide
 from finllm.recipe import load
 from finllm.run import Run, State, create
 from launch import local, tether
-from launch.supervisor import mark
+from launch.place import mark
 
 FINLLM = [sys.executable, "-P", "-m", "launch.cli"]
 PRELUDE = """
@@ -303,7 +303,7 @@ def test_the_tether_ends_what_a_command_leaves_behind(make: Make) -> None:
     run = make()
     leave = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {'import time; time.sleep(600)'!r}])"
     with run.log.open("ab") as log:
-        child = tether.start([sys.executable, "-c", leave], mark(run), 5, log, os.environ)
+        child = tether.start([sys.executable, "-c", leave], mark(run), run.stop_request, 5, log, os.environ)
     assert child.stdin is not None
     with child.stdin:
         assert child.wait(timeout=20) == 0

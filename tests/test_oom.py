@@ -19,8 +19,9 @@ from finllm.recipe import load
 from finllm.run import Progress, Run, State, create
 from launch import tether
 from launch.lowering import ADVICE, lowered
+from launch.place import mark
 from launch.show import Silent
-from launch.supervisor import mark, supervise
+from launch.supervisor import supervise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 
