@@ -32,6 +32,8 @@ def hand_written(recipe: Recipe, here: Machine, gpus: int, processes: int, dtype
         why = "they read bf16, or NF4 with double quantisation"
     elif recipe.train.shared_prefix == "off":
         why = "train.shared_prefix is off"
+    elif recipe.explanations is not None:
+        why = "they know no weights of tokens, which train.explanations has"
     if why is not None and recipe.train.hand_written == "on":
         raise RecipeError(f"train.hand_written is on, but here {why}; write auto")
     reasons.append(f"hand-written passes {f'off: {why}' if why else 'on, if the model has layers that they know'}")

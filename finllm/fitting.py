@@ -97,7 +97,7 @@ def measured(recipe: Recipe, place: Place, choice: Fit) -> Fit:
             shares = place.hand_written or choices.shared_prefix(recipe, choice.micro_batch, [])
             batch = largest_batch(
                 recipe.prompt, place.texts, rows=choice.micro_batch, shares=shares, epochs=recipe.train.epochs,
-                multiple=MULTIPLE[place.device] if shares else 1,
+                multiple=MULTIPLE[place.device] if shares else 1, explained=recipe.explanations,
             )  # fmt: skip
         how = _setting(recipe, place, choice)
         most = MOST_BY_HAND if scored_by_hand(place.shape, how) else choice.batch_tokens

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finllm.example import Example
-from finllm.recipe import Prompt
+from finllm.recipe import Explanations, Prompt
 from finllm.yamlfile import Spec
 
 PIECE = re.compile(r"[A-Za-z]{1,6}|\d|[^\sA-Za-z\d]")
@@ -22,6 +22,8 @@ CHAT = 24
 """Tokens that a chat template puts before the instruction, at most."""
 ANSWER = 2
 """Tokens of a label and the end of sequence; none of the known tokenizers needs more for our labels."""
+OPENING = 14
+"""Tokens between a label and the words of its explanation: the beginning of a JSON object."""
 MOST_TEXTS = 20_000
 """Of a large set, every n-th text is looked at, so that a plan stays quick."""
 
@@ -33,16 +35,34 @@ class Lengths(Spec):
     mean: float
     deviation: float
     longest: int
+    explanation: int = 0
+    """Tokens behind a label of the longest explanation, where explanations are learnt; the others count them too."""
 
 
-def lengths_of(examples: Sequence[Example]) -> Lengths | None:
-    """Estimated lengths of the examples' texts, with their targets; None where there are no examples."""
-    some = [_tokens(example) for example in examples[:: -(-len(examples) // MOST_TEXTS) or 1]]
-    if not some:
+def lengths_of(examples: Sequence[Example], explained: Explanations | None = None) -> Lengths | None:
+    """Estimated lengths of the examples' texts, with their targets; None where there are no examples.
+
+    With the explanations that are learnt, where the recipe says so.
+    """
+    few = examples[:: -(-len(examples) // MOST_TEXTS) or 1]
+    if not few:
         return None
+    behind = [_explanation(example, explained) for example in few]
+    some = [_tokens(example) + more for example, more in zip(few, behind, strict=True)]
     return Lengths(
-        texts=len(examples), mean=statistics.fmean(some), deviation=statistics.pstdev(some), longest=max(some)
+        texts=len(examples),
+        mean=statistics.fmean(some),
+        deviation=statistics.pstdev(some),
+        longest=max(some),
+        explanation=max(behind),
     )
+
+
+def _explanation(example: Example, explained: Explanations | None) -> int:
+    """Tokens behind the label."""
+    if explained is None or example.explanation is None:
+        return 0
+    return OPENING + min(pieces(example.explanation) + 2, explained.max_tokens)
 
 
 def _tokens(example: Example) -> int:
@@ -66,11 +86,13 @@ class Batch:
     """Tokens that are computed once for all rows; 0 where each row has its own."""
     tokens: int
     """Tokens computed, with padding."""
+    explanation: int = 0
+    """Tokens of the longest explanation."""
 
     @property
     def answers(self) -> int:
-        """Tokens that are learnt."""
-        return self.rows * ANSWER
+        """Tokens that are learnt, at most."""
+        return self.rows * (ANSWER + self.explanation)
 
     @property
     def keys(self) -> int:
@@ -84,7 +106,14 @@ def instruction_tokens(prompt: Prompt) -> int:
 
 
 def largest_batch(
-    prompt: Prompt, known: Lengths | None, *, rows: int, shares: bool, epochs: float = 1, multiple: int = 1
+    prompt: Prompt,
+    known: Lengths | None,
+    *,
+    rows: int,
+    shares: bool,
+    epochs: float = 1,
+    multiple: int = 1,
+    explained: Explanations | None = None,
 ) -> Batch:
     """The largest micro-batch of `rows` examples in a run; where lengths are not known, all are `max_tokens` long.
 
@@ -92,10 +121,13 @@ def largest_batch(
     largest of n sums is about sqrt(2 ln n) standard deviations above their mean (independent normal variables).
     """
     begin = min(instruction_tokens(prompt), prompt.max_tokens)
-    room = prompt.max_tokens - begin
+    behind = known.explanation if known else OPENING + explained.max_tokens if explained else 0
+    room = prompt.max_tokens - begin + behind
     one = room if known is None else min(room, known.longest + ANSWER)
     if not shares:
-        return Batch(rows=rows, longest=begin + one, shared=0, tokens=rows * (begin + one))
+        return Batch(
+            rows=rows, longest=begin + one, shared=0, tokens=rows * (begin + one), explanation=behind
+        )  # fmt: skip
     own = one - 1  # the end of sequence is no input of a stream
     total = float(rows * own)
     if known is not None:
@@ -103,4 +135,6 @@ def largest_batch(
         spread = known.deviation * math.sqrt(2 * math.log(sums) * rows)
         total = min(total, max(rows * (known.mean + ANSWER - 1) + spread, own))
     tokens = begin + math.ceil(total) + 1
-    return Batch(rows=rows, longest=own, shared=begin, tokens=-(-tokens // multiple) * multiple)
+    return Batch(
+        rows=rows, longest=own, shared=begin, tokens=-(-tokens // multiple) * multiple, explanation=behind
+    )  # fmt: skip

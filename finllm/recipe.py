@@ -119,10 +119,26 @@ class Training(Spec):
         return self
 
 
+class Explanations(Spec):
+    """Learn the reason for a label too, where an example gives one; the label comes first, so its score stays the same.
+
+    A step's loss is the mean of its tokens' losses by these weights.
+    """
+
+    label_weight: float = Field(default=1.0, gt=0)
+    """Of each token of a label, and of the end of sequence behind one that is not explained."""
+    explanation_weight: float = Field(default=0.1, gt=0)
+    """Of each token of an explanation; there are about 25 of them to one of a label."""
+    max_tokens: int = Field(default=96, ge=8)
+    """Of an explanation, beyond prompt.max_tokens; a longer one is cut, and its end not learnt."""
+
+
 class Sft(Training):
     """Supervised fine-tuning: cross-entropy on the label's tokens and the end of sequence."""
 
     method: Literal["sft"]
+    explanations: Explanations | None = None
+    """Learn explanations too; null learns labels alone. `{}` takes the usual weights."""
 
 
 Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
@@ -237,6 +253,11 @@ class Recipe(Spec):
         if len(set(names)) < len(names):
             raise ValueError(f"data names the same set twice ({', '.join(names)}); give each its own `alias`")
         return self
+
+    @property
+    def explanations(self) -> Explanations | None:
+        """How explanations are learnt, or None where they are not."""
+        return self.train.explanations if isinstance(self.train, Sft) else None
 
     @property
     def prefix_not_shared_because(self) -> str | None:

@@ -128,7 +128,7 @@ def _make_run(given: Path | Recipe, overrides: tuple[str, ...], processes: Any, 
         source=str(run.recipe if isinstance(given, Recipe) else given),
         overrides=overrides,
         processes=processes.num_processes,
-        texts=lengths_of(parts.train),
+        texts=lengths_of(parts.train, recipe.explanations),
     )
     plan.save(run)
     print(f"run folder: {run.folder}", flush=True)

@@ -45,7 +45,7 @@ def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: in
         dequantize=plan.dequantize,
     )
     prompter = Prompter(loaded.tokenizer, recipe.prompt)
-    rows = encode(parts.train, prompter)
+    rows = encode(parts.train, prompter, recipe)
     handwritten.unpack_if_roomy(loaded.model, rows, plan, is_main=rank == 0)
     model = models.with_adapter(loaded.model, recipe.lora, recipe.train.seed) if recipe.lora else loaded.model
     tracker = tracking.start(run, plan, "train", main=rank == 0)

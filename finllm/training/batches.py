@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from finllm.answer import AnswerTokens
+from finllm.errors import RunError
 from finllm.example import Example
 from finllm.prompts import Prompter
+from finllm.recipe import Explanations, Recipe
 from finllm.shared_prefix import IGNORED, layout
 
 NO_ROW = -1
@@ -25,15 +28,58 @@ class Row:
     index: int
     prompt: list[int]
     answer: list[int]
+    weights: tuple[float, ...] | None = None
+    """Of each token of the answer in the loss, 0 where it is always given; None is 1 for all."""
+
+    @property
+    def targets(self) -> list[int]:
+        """What is learnt at each place of the answer, or IGNORED."""
+        if self.weights is None:
+            return self.answer
+        return [token if weight else IGNORED for token, weight in zip(self.answer, self.weights, strict=True)]
 
 
-def encode(examples: Sequence[Example], prompter: Prompter) -> list[Row]:
-    """The examples as rows; the answer is the label and the end of sequence."""
+def encode(examples: Sequence[Example], prompter: Prompter, recipe: Recipe | None = None) -> list[Row]:
+    """The examples as rows; the answer is the label and the end of sequence, or the label, its explanation and the end.
+
+    The recipe says which, labels alone without one. Raises RunError where explanations are to be learnt and no example
+    has one.
+    """
     prompts = prompter.render([e.text for e in examples], [e.target for e in examples])
+    if recipe is not None and recipe.explanations is not None:
+        return _explained(examples, [prompt.ids for prompt in prompts], prompter, recipe.explanations)
     return [
         Row(index, prompt.ids, [*prompter.answers[example.label], prompter.end])
         for index, (example, prompt) in enumerate(zip(examples, prompts, strict=True))
     ]
+
+
+def _explained(
+    examples: Sequence[Example], prompts: Sequence[list[int]], prompter: Prompter, explanations: Explanations
+) -> list[Row]:
+    """Rows with weights; what stands between a label and its explanation is always given, and has none."""
+    if not any(example.explanation for example in examples):
+        raise RunError(
+            "train.explanations is set, but no training example has an explanation; take it out, add the data set "
+            "`sample`, or name the column of a table with `explanation: COLUMN`"
+        )
+    tokens = AnswerTokens(prompter)
+    rows = []
+    for index, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
+        label = list(prompter.answers[example.label])
+        given, more = [], []
+        if example.explanation:
+            given = tokens.openings[example.label]
+            more = tokens.ending(example.explanation, explanations.max_tokens)
+        else:
+            label.append(prompter.end)
+        weights = (
+            *[explanations.label_weight] * len(label),
+            *[0.0] * len(given),
+            *[explanations.explanation_weight] * len(more),
+        )
+        rows.append(Row(index, prompt, [*label, *given, *more], weights))
+    return rows
 
 
 class GlobalBatches(Sampler[list[int]]):
@@ -107,7 +153,7 @@ def pad(rows: Sequence[Row | None]) -> dict[str, Any]:
         end = len(row.prompt) + len(row.answer)
         ids[i, :end] = torch.tensor(row.prompt + row.answer)
         mask[i, :end] = 1
-        labels[i, len(row.prompt) : end] = torch.tensor(row.answer)
+        labels[i, len(row.prompt) : end] = torch.tensor(row.targets)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "meta": meta(real)}
 
 
@@ -122,9 +168,14 @@ def stream(rows: Sequence[Row | None], *, multiple: int = 1) -> dict[str, Any]:
         batch["labels"].fill_(IGNORED)
     else:
         batch = layout([row.prompt for row in real], [row.answer for row in real], multiple=multiple)
+        answers = batch["labels"] != IGNORED  # in the order of the rows
+        batch["labels"][answers] = torch.tensor([token for row in real for token in row.targets])
     return {**batch, "meta": meta(real)}
 
 
 def meta(rows: Sequence[Row]) -> dict[str, Any]:
-    """Which rows a batch holds, and how many tokens are theirs."""
-    return {"rows": [row.index for row in rows], "tokens": sum(len(r.prompt) + len(r.answer) for r in rows)}
+    """Which rows a batch holds, how many tokens are theirs, and where rows have weights, those of what is learnt."""
+    counts = {"rows": [row.index for row in rows], "tokens": sum(len(r.prompt) + len(r.answer) for r in rows)}
+    if not any(row.weights for row in rows):
+        return counts
+    return {**counts, "weights": torch.tensor([weight for row in rows for weight in row.weights or () if weight])}

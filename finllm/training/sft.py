@@ -65,6 +65,14 @@ class Sft(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
         batches = list(islice(epoch_iterator, num_batches))
         return batches, sum(batch["meta"]["targets"] for batch in batches)
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        """What the step's loss is divided by: its learnt tokens, or the sum of their weights, over all processes."""
+        if self._rows[0].weights is None:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        total = sum(batch["meta"]["weights"].sum() for batch in batch_samples if "weights" in batch["meta"])
+        here = torch.as_tensor(total, dtype=torch.float32, device=device)
+        return self.accelerator.gather(here).sum()
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward pass of one micro-batch; returns its share of the step's loss."""
         if self._engine is None:
@@ -89,7 +97,7 @@ class Sft(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
         """Mean cross-entropy of the answer tokens of the whole optimizer step, over all processes."""
         assert not return_outputs, "validation goes through the scorer, which needs no outputs of this"
         meta = inputs.pop("meta")
-        loss = _sum_of_losses(model, inputs) / num_items_in_batch
+        loss = _sum_of_losses(model, inputs, meta.get("weights")) / num_items_in_batch
         self._losses.add(loss, meta)
         whole: torch.Tensor = loss * self.accelerator.num_processes  # DDP averages over processes; the count is of all
         return whole
@@ -109,14 +117,21 @@ class Sft(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
         return metrics
 
 
-def _sum_of_losses(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """Cross-entropy in nats, summed over the answer tokens of a batch; the head runs on the rows that predict them."""
+def _sum_of_losses(model: Any, inputs: dict[str, Any], weights: torch.Tensor | None) -> torch.Tensor:
+    """Cross-entropy in nats, summed over the learnt tokens of a batch; the head runs on the rows that predict them.
+
+    `weights` are those of the learnt tokens, in their order; None is 1 for all.
+    """
     labels = inputs["labels"]
     if labels.device.type == "cpu" and len(labels) == 1:  # TRL's fused head leaves rows out on a GPU only
         predicting = (labels[0, 1:] != IGNORED).nonzero().squeeze(1)
         rest = {name: value for name, value in inputs.items() if name != "labels"}
         with last_layer.only(model, predicting):
             logits = model(**rest, use_cache=False, logits_to_keep=predicting).logits[0]  # (answer tokens, vocabulary)
-        return torch.nn.functional.cross_entropy(logits.float(), labels[0, predicting + 1], reduction="sum")
-    total: torch.Tensor = -model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum()
-    return total
+        losses = torch.nn.functional.cross_entropy(logits.float(), labels[0, predicting + 1], reduction="none")
+        return losses.sum() if weights is None else losses @ weights
+    log_p = model(
+        **inputs, use_cache=False, fused_lm_head=True
+    ).log_probs  # (rows, longest - 1), 0 where nothing is learnt
+    total: torch.Tensor = log_p.sum() if weights is None else log_p[labels[:, 1:] != IGNORED] @ weights
+    return -total
