@@ -111,6 +111,16 @@ def train() -> Callable[..., Run]:
     return run
 
 
+@pytest.fixture(scope="session")
+def tiny_run(train: Callable[..., Run], recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run called `tiny` whose adapter has learnt something, evaluated."""
+    from finllm import evaluate
+
+    run = train(recipe, tmp_path_factory.mktemp("runs"), "train.epochs=8", "lora.rank=16", "lora.alpha=32")
+    assert evaluate.main([str(run.folder)]) == 0
+    return run
+
+
 @pytest.fixture(scope="module")
 def browser() -> "Iterator[Browser]":
     """A headless Chromium of the system; CI installs Debian's, other machines without one skip.
