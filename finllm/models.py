@@ -147,6 +147,15 @@ def with_adapter(model: Any, lora: Lora, seed: int) -> Any:
         raise RunError(f"lora.targets {lora.targets} do not fit the model: {error}") from error
 
 
+def trainable(model: Any, lora: Lora | None, seed: int, init: Path | None = None) -> Any:
+    """The model with what is trained: fresh adapters, those of `init`, or without LoRA all its weights."""
+    if init is not None:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, str(init), is_trainable=True)
+    return with_adapter(model, lora, seed) if lora else model
+
+
 def attach(model: Any, folder: Path) -> Any:
     """The base model with the trained adapter in `folder`, for use, not for training."""
     from peft import PeftModel

@@ -184,6 +184,12 @@ class Evaluation(Spec):
     """Score the base model too (adapter off: no second copy in memory)."""
     baselines: tuple[Literal["majority", "tfidf"], ...] = ("majority", "tfidf")
     """majority: the commonest training label; tfidf: TF-IDF and logistic regression on the training part."""
+    batch_calibration: bool = True
+    """Show the base also without its preference for a label, as estimated on validation texts without their labels."""
+    classifiers: tuple[str, ...] = ()
+    """Sequence classifiers to compare with, by hub id or folder, such as `ProsusAI/finbert`; one not to be had is told."""
+    runs: tuple[str, ...] = ()
+    """Earlier runs to compare with, by their names beside this run's or by folder; they answered the same rows."""
     parts: tuple[Literal["validation", "test"], ...] = ("test",)
     batch_tokens: int = Field(default=16_384, ge=256)
     """Tokens in one scoring batch, padding included."""

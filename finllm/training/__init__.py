@@ -13,19 +13,19 @@ from finllm.data import Parts
 from finllm.errors import RunError
 from finllm.example import LABELS
 from finllm.fast.engine import Engine
+from finllm.learnt import initial_adapter, learnt
 from finllm.models import Card
 from finllm.plan import Plan, steps_of
 from finllm.progress import steps
 from finllm.prompts import Prompter
 from finllm.recipe import Training
 from finllm.run import Run
-from finllm.training import handwritten, sft, sharing
+from finllm.training import dpo, handwritten, sft, sharing
 from finllm.training.arguments import arguments
-from finllm.training.batches import Row, encode, pad
 from finllm.training.stopping import StopRequests
 from finllm.training.watching import LossWatch, OnValidation, Watcher, memory_gib
 
-METHODS = {"sft": sft.Sft}
+METHODS: dict[str, Any] = {"sft": sft.Sft, "dpo": dpo.Dpo}
 """A training method is a trainer in a module of its own, and a type in the recipe's union."""
 
 
@@ -36,8 +36,9 @@ def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: in
     parts, notes = data.training_parts(recipe.data)
     if not parts.train:
         raise RunError(f"{', '.join(s.title for s in recipe.data)}: no training rows; `parts` must name train")
+    method, items, init = METHODS[recipe.train.method], learnt(recipe, parts), initial_adapter(recipe)
     if rank == 0:
-        print(*notes, _counts(parts), sep="\n", flush=True)
+        print(*notes, _counts(parts, items), sep="\n", flush=True)
     loaded = models.load(
         recipe.model,
         dtype=_weights_dtype(plan),
@@ -45,24 +46,24 @@ def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: in
         dequantize=plan.dequantize,
     )
     prompter = Prompter(loaded.tokenizer, recipe.prompt)
-    rows = encode(parts.train, prompter, recipe)
+    rows = method.encode(items, prompter, recipe)
     handwritten.unpack_if_roomy(loaded.model, rows, plan, is_main=rank == 0)
-    model = models.with_adapter(loaded.model, recipe.lora, recipe.train.seed) if recipe.lora else loaded.model
+    model = models.trainable(loaded.model, recipe.lora, recipe.train.seed, init)
     tracker = tracking.start(run, plan, "train", main=rank == 0)
-    total = steps_of(recipe.train, len(parts.train))
-    losses = LossWatch(parts.train)
+    total = steps_of(recipe.train, len(items))
+    losses = LossWatch(items)
     engine = handwritten.engine(model, rows, plan, is_main=rank == 0)
-    collate = _collate(model, rows, plan, engine, is_main=rank == 0)
+    collate = _collate(method, model, rows, plan, engine, is_main=rank == 0)
     with steps("training", total, "step", run if rank == 0 else None) as counter:
         watcher = Watcher(
             losses=losses, steps=counter, stop=stop, tracker=tracker, is_main=rank == 0, processes=plan.processes
         )
-        trainer = METHODS[recipe.train.method](
+        trainer = method(
             model=model,
             processing_class=loaded.tokenizer,
-            args=arguments(run, plan, len(parts.train), validates=bool(parts.validation), engine=engine is not None),
+            args=arguments(run, plan, len(items), validates=bool(parts.validation), engine=engine is not None),
             rows=rows,
-            collate=collate or pad,
+            collate=collate or method.pad,
             engine=engine,
             losses=losses,
             validation=_validation(model, parts, prompter, plan, engine) if parts.validation else None,
@@ -76,12 +77,12 @@ def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: in
     return watcher.stopped_by
 
 
-def _collate(model: Any, rows: Sequence[Row], plan: Plan, engine: Engine | None, *, is_main: bool) -> Any:
+def _collate(method: Any, model: Any, rows: Sequence[Any], plan: Plan, engine: Engine | None, *, is_main: bool) -> Any:
     """Makes batches as the passes of this run need them; None is padded rows."""
     if engine is None:
-        return sharing.collate(model, rows, plan, is_main=is_main)
+        return sharing.collate(model, rows, plan, is_main=is_main, make=method.stream)
     shared = shared_prefix.shared_length([row.prompt for row in rows])
-    return partial(handwritten.packed, shared=shared, device=plan.device)
+    return partial(method.packed, shared=shared, device=plan.device)
 
 
 def _run(trainer: Any, run: Run, tracker: tracking.Tracker) -> None:
@@ -103,8 +104,9 @@ def _weights_dtype(plan: Plan) -> Any:
     return plan.dtype if plan.recipe.lora else "fp32"
 
 
-def _counts(parts: Parts) -> str:
-    return f"{len(parts.train)} training, {len(parts.validation)} validation, {len(parts.test)} test examples"
+def _counts(parts: Parts, items: Sequence[Any]) -> str:
+    pairs = "" if items is parts.train else f"; {len(items)} pairs to learn from"
+    return f"{len(parts.train)} training, {len(parts.validation)} validation, {len(parts.test)} test examples{pairs}"
 
 
 def _validation(model: Any, parts: Parts, prompter: Prompter, plan: Plan, engine: Engine | None) -> OnValidation:

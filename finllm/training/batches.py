@@ -3,7 +3,7 @@
 The order depends on seed and epoch alone, so that any number of processes and any micro-batch take the same steps.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +133,19 @@ class EpochLoader(DataLoader[Row | None]):
         sampler = self.batch_sampler
         assert isinstance(sampler, GlobalBatches), type(sampler)
         sampler.set_epoch(epoch)
+
+
+def loader(rows: Sequence[Any], collate: Callable[[Sequence[Any]], dict[str, Any]], trainer: Any) -> EpochLoader:
+    """The rows of a trainer's process in our own order."""
+    sampler = GlobalBatches(
+        len(rows),
+        micro_batch=trainer.args.per_device_train_batch_size,
+        accumulation=trainer.args.gradient_accumulation_steps,
+        rank=trainer.accelerator.process_index,
+        processes=trainer.accelerator.num_processes,
+        seed=trainer.args.seed,
+    )
+    return EpochLoader(Rows(rows), batch_sampler=sampler, collate_fn=collate)
 
 
 def pad(rows: Sequence[Row | None]) -> dict[str, Any]:

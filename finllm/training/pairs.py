@@ -18,7 +18,7 @@ from torch import Tensor
 from finllm.data.preferences import Preference
 from finllm.errors import RunError
 from finllm.prompts import Prompter
-from finllm.recipe import Dpo
+from finllm.recipe import Dpo, Recipe
 from finllm.shared_prefix import BRANCHES, IGNORED, NAME, places, shared_length
 
 FIGURES = ("reference_chosen", "reference_rejected", "chosen_tokens", "rejected_tokens", "smoothing", "live")
@@ -48,8 +48,10 @@ NOTHING = PairRow(-1, [0, 0], [0, 0], [0, 0])
 """Fills a pass without pairs: it takes part in the backward pass, with a loss of 0."""
 
 
-def encode(pairs: Sequence[Preference], prompter: Prompter, spec: Dpo) -> list[PairRow]:
+def encode(pairs: Sequence[Preference], prompter: Prompter, recipe: Recipe) -> list[PairRow]:
     """The pairs as rows; raises RunError where an answer does not fit behind its prompt."""
+    spec = recipe.train
+    assert isinstance(spec, Dpo), spec
     prompts = prompter.render([pair.text for pair in pairs], [pair.target for pair in pairs])
     rows = []
     for index, (pair, prompt) in enumerate(zip(pairs, prompts, strict=True)):

@@ -1,17 +1,26 @@
 """The loss of preferences, of the log-probabilities of both answers: the same for the model's own passes and ours."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from finllm.recipe import Dpo
-
 MEASURED = (
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
 )  # fmt: skip
 """What is told of a step besides its loss, as TRL names it; means over pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Which loss, in TRL's words."""
+
+    kind: Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero"] = "sigmoid"
+    beta: float = 0.1
+    sft_weight: float = 0.0
+    """Of the cross-entropy of the chosen answers, a mean over their tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +32,7 @@ class Judged:
     """(1 + MEASURED,): the number of pairs, and sums over them."""
 
 
-def judge(spec: Dpo, log_p: Tensor, figures: Tensor, learnt: tuple[int, int]) -> Judged:
+def judge(spec: Loss, log_p: Tensor, figures: Tensor, learnt: tuple[int, int]) -> Judged:
     """The batch's part in the mean loss of a whole step, which has `learnt` pairs and tokens in chosen answers.
 
     `log_p` (2 x pairs) are those of the chosen answers, then of the rejected; `figures` are those of pairs.FIGURES.
@@ -42,17 +51,17 @@ def judge(spec: Dpo, log_p: Tensor, figures: Tensor, learnt: tuple[int, int]) ->
     return Judged(loss, measured)
 
 
-def _losses(spec: Dpo, ratios: Tensor, tokens: Tensor, smoothing: Tensor) -> Tensor:
+def _losses(spec: Loss, ratios: Tensor, tokens: Tensor, smoothing: Tensor) -> Tensor:
     """The loss of each pair, of log ratios to the reference, (2, pairs)."""
     chosen, rejected = ratios
     apart = spec.beta * (chosen - rejected)
-    if spec.loss == "sigmoid":  # arXiv 2305.18290, equation 7; with smoothing, cDPO
+    if spec.kind == "sigmoid":  # arXiv 2305.18290, equation 7; with smoothing, cDPO
         return -(1 - smoothing) * logsigmoid(apart) - smoothing * logsigmoid(-apart)
-    if spec.loss == "robust":  # arXiv 2403.00409, equation 9
+    if spec.kind == "robust":  # arXiv 2403.00409, equation 9
         return (smoothing * logsigmoid(-apart) - (1 - smoothing) * logsigmoid(apart)) / (1 - 2 * smoothing)
-    if spec.loss == "hinge":  # arXiv 2305.10425
+    if spec.kind == "hinge":  # arXiv 2305.10425
         return torch.relu(1 - apart)
-    if spec.loss == "ipo":  # arXiv 2310.12036, equation 17, by token as TRL has it
+    if spec.kind == "ipo":  # arXiv 2310.12036, equation 17, by token as TRL has it
         means = ratios / tokens
         return (means[0] - means[1] - 1 / (2 * spec.beta)) ** 2
     return 1 - torch.sigmoid(spec.beta * chosen) + torch.sigmoid(spec.beta * rejected)  # arXiv 2408.06266, equation 7

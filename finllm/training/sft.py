@@ -9,10 +9,14 @@ from datasets import Dataset
 from trl import SFTTrainer
 
 from finllm import last_layer
+from finllm.example import Example
 from finllm.fast.engine import Engine
+from finllm.prompts import Prompter
+from finllm.recipe import Recipe
 from finllm.shared_prefix import IGNORED
-from finllm.training.batches import EpochLoader, GlobalBatches, Row, Rows
-from finllm.training.watching import LossWatch, OnValidation
+from finllm.training import batches, handwritten
+from finllm.training.batches import EpochLoader, Row
+from finllm.training.watching import LossWatch, OnValidation, validated
 
 Collate = Callable[[Sequence[Row | None]], dict[str, Any]]
 """Makes a batch of rows: batches.pad, or batches.stream."""
@@ -20,6 +24,8 @@ Collate = Callable[[Sequence[Row | None]], dict[str, Any]]
 
 class Sft(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
     """TRL's SFTTrainer, less its host synchronisations, with an order of examples that any machine repeats."""
+
+    pad, stream, packed = staticmethod(batches.pad), staticmethod(batches.stream), staticmethod(handwritten.packed)
 
     def __init__(
         self,
@@ -45,25 +51,22 @@ class Sft(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
             if parameter.requires_grad:  # TRL makes the adapters of a quantised model bf16, too coarse for Adam's steps
                 parameter.data = parameter.data.float()
 
+    @staticmethod
+    def encode(examples: Sequence[Example], prompter: Prompter, recipe: Recipe) -> list[Row]:
+        """The examples as rows."""
+        return batches.encode(examples, prompter, recipe.explanations)
+
     def get_train_dataloader(self) -> EpochLoader:
         """Our own order; the trainer moves the tensors to the device."""
-        sampler = GlobalBatches(
-            len(self._rows),
-            micro_batch=self.args.per_device_train_batch_size,
-            accumulation=self.args.gradient_accumulation_steps,
-            rank=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
-            seed=self.args.seed,
-        )
-        return EpochLoader(Rows(self._rows), batch_sampler=sampler, collate_fn=self._collate)
+        return batches.loader(self._rows, self._collate, self)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The batches of one optimizer step and their targets, counted without waiting for the GPU."""
         if self._engine is None:
             both: tuple[list[Any], Any] = super().get_batch_samples(epoch_iterator, num_batches, device)
             return both
-        batches = list(islice(epoch_iterator, num_batches))
-        return batches, sum(batch["meta"]["targets"] for batch in batches)
+        found = list(islice(epoch_iterator, num_batches))
+        return found, sum(batch["meta"]["targets"] for batch in found)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         """What the step's loss is divided by: its learnt tokens, or the sum of their weights, over all processes."""
@@ -107,14 +110,7 @@ class Sft(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validation by label scoring: the figures that choose the best checkpoint."""
-        assert self._validation is not None, "validation is scheduled only where there is a validation part"
-        training = self.model.training
-        self.model.eval()
-        metrics = {f"eval_{name}": value for name, value in self._validation().items()}
-        self.log(metrics)
-        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.model.train(training)
-        return metrics
+        return validated(self, self._validation)
 
 
 def _sum_of_losses(model: Any, inputs: dict[str, Any], weights: torch.Tensor | None) -> torch.Tensor:

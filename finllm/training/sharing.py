@@ -21,14 +21,14 @@ MULTIPLE = {"cpu": 1, "cuda": 64}
 
 
 def collate(
-    model: Any, rows: Sequence[Row], plan: Plan, *, is_main: bool
-) -> Callable[[Sequence[Row | None]], dict[str, Any]] | None:
-    """Makes streams of rows, or None where padded rows are right; raises RunError if the recipe forbids those."""
+    model: Any, rows: Sequence[Any], plan: Plan, *, is_main: bool, make: Callable[..., dict[str, Any]] = stream
+) -> Callable[[Sequence[Any]], dict[str, Any]] | None:
+    """`make` with the right sizes, or None where padded rows are right; raises RunError if the recipe forbids those."""
     if not plan.shared_prefix:
         return None
     why = unsupported(model, rows, plan.dtype)
     if why is None:
-        return partial(stream, multiple=MULTIPLE[plan.device])
+        return partial(make, multiple=MULTIPLE[plan.device])
     assert plan.recipe.train is not None, plan.name
     if plan.recipe.train.shared_prefix == "on":
         raise RunError(f"train.shared_prefix is on, but {why}; write auto")

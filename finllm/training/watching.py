@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from finllm.data.preferences import Preference
 from finllm.errors import RunError
 from finllm.example import Example
 from finllm.progress import Steps
@@ -34,7 +35,7 @@ SAY_SECONDS = 5.0
 class LossWatch:
     """Keeps the losses of each step, and which examples they came from, until they are seen to be finite."""
 
-    def __init__(self, examples: Sequence[Example]) -> None:
+    def __init__(self, examples: Sequence[Example] | Sequence[Preference]) -> None:
         self._examples = examples
         self._passes: list[tuple[torch.Tensor, list[int]]] = []
         self._steps: deque[_Step] = deque()
@@ -196,3 +197,15 @@ def _barrier() -> None:
 
 OnValidation = Callable[[], dict[str, float]]
 """Computes the validation figures, on every process alike."""
+
+
+def validated(trainer: Any, validation: OnValidation | None) -> dict[str, float]:
+    """The figures that choose the best checkpoint, logged as `eval_...`, in place of a trainer's own evaluation."""
+    assert validation is not None, "validation is scheduled only where there is a validation part"
+    training = trainer.model.training
+    trainer.model.eval()
+    figures = {f"eval_{name}": value for name, value in validation().items()}
+    trainer.log(figures)
+    trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, figures)
+    trainer.model.train(training)
+    return figures
