@@ -11,7 +11,8 @@ from finllm.errors import RunError
 from finllm.example import LABELS, Example
 from finllm.lengths import Lengths, lengths_of
 from finllm.models import Card
-from finllm.recipe import Dpo, Recipe
+from finllm.plan import Rows
+from finllm.recipe import Dpo, Explanations, Recipe
 
 
 def learnt(recipe: Recipe, parts: Parts) -> Sequence[Example] | Sequence[Preference]:
@@ -21,12 +22,20 @@ def learnt(recipe: Recipe, parts: Parts) -> Sequence[Example] | Sequence[Prefere
     return parts.train
 
 
-def lengths(items: Sequence[Example] | Sequence[Preference]) -> Lengths | None:
-    """Estimated tokens of what is learnt; a pair counts with both answers."""
-    return lengths_of([item if isinstance(item, Example) else _as_text(item) for item in items])
+def counted(recipe: Recipe, parts: Parts) -> tuple[Rows, Lengths | None]:
+    """Rows of each part, where pairs are the training rows, and the estimated lengths of what is learnt, or else scored.
+
+    Raises FinllmError where pairs, or the run that training goes on from, cannot be had.
+    """
+    initial_adapter(recipe)
+    items = learnt(recipe, parts)
+    rows = Rows(train=len(items), validation=len(parts.validation), test=len(parts.test))
+    texts = [item if isinstance(item, Example) else _as_text(item) for item in items or parts.test]
+    return rows, lengths_of(texts, recipe.explanations)
 
 
 def _as_text(pair: Preference) -> Example:
+    """As long as what a stream holds of the pair."""
     text = f"{pair.text} {pair.chosen} {pair.rejected}"
     return Example(pair.id, pair.source, text, LABELS[0], "train", target=pair.target)
 
