@@ -1,0 +1,171 @@
+"""Throughput of `finllm serve` on loopback: many clients at once against one, on the same model.
+
+    python benchmarks/serve.py MODEL [--clients 64] [--seconds 10] [--repetitions 3]
+
+One client, and CLIENTS clients, take turns for SECONDS each; every client asks for one text at a time, over one
+connection that it keeps. All answers are compared with `SentimentPredictor.predict` on the same texts. Writes
+benchmarks/results/serve_NAME.json; the ratio is of medians. Exits with 1 where a request fails or an answer differs.
+"""
+
+import argparse
+import http.client
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results")
+WITHIN = {"cpu": 1e-4, "cuda": 3e-2}
+"""Largest difference of a probability; bf16 on a GPU rounds differently in batches of other sizes."""
+COMMAND = "import sys; from launch.cli import main; sys.exit(main())"
+
+
+class Client(threading.Thread):
+    """Asks for one text after the other until told to stop."""
+
+    def __init__(self, port: int, texts: list[str], first: int, step: int, stop: threading.Event) -> None:
+        super().__init__()
+        self._port, self._texts, self._first, self._step, self._stop_asking = port, texts, first, step, stop
+        self.answers: list[tuple[int, int, dict[str, Any] | None, float]] = []
+        """Index of the text, status, answer, seconds."""
+
+    def run(self) -> None:
+        """Ask."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)
+        connection.connect()
+        index = self._first
+        while not self._stop_asking.is_set():
+            began = time.perf_counter()
+            body = json.dumps({"texts": self._texts[index % len(self._texts)]})
+            connection.request("POST", "/v1/classify", body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            content = json.loads(response.read())
+            answer = content["answers"][0] if response.status == 200 else None
+            self.answers.append((index % len(self._texts), response.status, answer, time.perf_counter() - began))
+            index += self._step
+        connection.close()
+
+
+def turn(port: int, texts: list[str], clients: int, seconds: float) -> dict[str, Any]:
+    """What that many clients were answered in that time."""
+    stop = threading.Event()
+    asking = [Client(port, texts, first, clients, stop) for first in range(clients)]
+    began = time.perf_counter()
+    for client in asking:
+        client.start()
+    time.sleep(seconds)
+    stop.set()
+    for client in asking:
+        client.join()
+    passed = time.perf_counter() - began
+    answers = [answer for client in asking for answer in client.answers]
+    waits = sorted(answer[3] for answer in answers)
+    return {
+        "answers": answers,
+        "texts_per_s": round(len(answers) / passed, 2),
+        "median_ms": round(1000 * statistics.median(waits), 1),
+        "p95_ms": round(1000 * waits[int(0.95 * (len(waits) - 1))], 1),
+    }
+
+
+def serve(model: str, device: str) -> tuple["subprocess.Popen[str]", int]:
+    """A service of the model in a process of its own, and its port."""
+    words = [sys.executable, "-c", COMMAND, "serve", model, "--port", "0", "--device", device]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        found = re.search(r"http://[^:]+:(\d+)", line)
+        if found:
+            return process, int(found[1])
+    raise SystemExit(f"`finllm serve {model}` ended with {process.wait()}; start it by hand to see why")
+
+
+def differences(model: str, device: str, texts: list[str], answers: list[tuple[Any, ...]]) -> dict[str, Any]:
+    """How far answers lie from those of `predict`, and how many have another label."""
+    from finllm import SentimentPredictor
+
+    right = SentimentPredictor(model, device=device).predict(texts)
+    answered = [(right[index], answer) for index, _, answer, _ in answers if answer is not None]
+    furthest = max(
+        abs(mine["probabilities"][label] - answer["probabilities"][label])
+        for mine, answer in answered
+        for label in mine["probabilities"]
+    )
+    other = sum(mine["sentiment"] != answer["sentiment"] for mine, answer in answered)
+    return {"compared": len(answered), "largest_difference": float(f"{furthest:.2g}"), "other_labels": other}
+
+
+def measure(options: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
+    """All turns of one service."""
+    process, port = serve(options.model, options.device)
+    try:
+        turns: dict[int, list[dict[str, Any]]] = {1: [], options.clients: []}
+        turn(port, texts, options.clients, 2)  # a warm-up that is not counted
+        for _ in range(options.repetitions):
+            for clients, done in turns.items():
+                done.append(turn(port, texts, clients, options.seconds))
+                print(clients, {k: v for k, v in done[-1].items() if k != "answers"}, flush=True)
+    finally:
+        process.terminate()
+        ended = process.wait(60)
+    one, many = (statistics.median(done["texts_per_s"] for done in turns[clients]) for clients in (1, options.clients))
+    answers = [answer for done in turns.values() for each in done for answer in each.pop("answers")]
+    return {
+        "ratio": round(many / one, 2),
+        "texts_per_s": {"1": one, str(options.clients): many},
+        "turns": {str(clients): done for clients, done in turns.items()},
+        "requests": len(answers),
+        "failed": sum(status != 200 for _, status, _, _ in answers),
+        "exit_status_after_sigterm": ended,
+        **differences(options.model, options.device, texts, answers),
+    }
+
+
+def hardware(device: str) -> str:
+    if device == "cuda":
+        import torch
+
+        return str(torch.cuda.get_device_name())
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    return f"{len(os.sched_getaffinity(0))} cores of {found[1] if found else platform.processor()}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a run, a folder, or smollm2-135m")
+    parser.add_argument("--name", help="in the result's file name; else that of the model")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    options = parser.parse_args()
+    from finllm.data.sample import Sample
+
+    texts = [example.text for example in Sample(name="sample").read()]
+    found = {
+        "model": options.name or Path(options.model).name,
+        "clients": options.clients,
+        "hardware": hardware(options.device),
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("finllm", "torch", "uvicorn")}},
+        "date": datetime.now(UTC).date().isoformat(),
+        **measure(options, texts),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"serve_{found['model']}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({k: v for k, v in found.items() if k != "turns"}, indent=1), f"\n{path}")
+    right = not found["failed"] and not found["other_labels"] and found["largest_difference"] <= WITHIN[options.device]
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
