@@ -12,7 +12,7 @@ from finllm.example import LABELS, Example
 from finllm.lengths import Lengths, lengths_of
 from finllm.models import Card
 from finllm.plan import Rows
-from finllm.recipe import Dpo, Explanations, Recipe
+from finllm.recipe import Dpo, Recipe
 
 
 def learnt(recipe: Recipe, parts: Parts) -> Sequence[Example] | Sequence[Preference]:
