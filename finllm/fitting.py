@@ -96,7 +96,7 @@ def measured(recipe: Recipe, place: Place, choice: Fit) -> Fit:
         if recipe.train is not None:
             shares = place.hand_written or choices.shared_prefix(recipe, choice.micro_batch, [])
             batch = largest_batch(
-                recipe.prompt, place.texts, rows=choice.micro_batch, shares=shares, epochs=recipe.train.epochs,
+                recipe.prompt, place.texts, rows=choice.micro_batch * _sequences(recipe, shares=shares), shares=shares, epochs=recipe.train.epochs,
                 multiple=MULTIPLE[place.device] if shares else 1, explained=recipe.explanations,
             )  # fmt: skip
         how = _setting(recipe, place, choice)
@@ -107,6 +107,11 @@ def measured(recipe: Recipe, place: Place, choice: Fit) -> Fit:
         if alone.fits or choice.batch_tokens < 2 * FEWEST_SCORED_TOKENS:
             return found
         choice = replace(choice, batch_tokens=choice.batch_tokens // 2)
+
+
+def _sequences(recipe: Recipe, *, shares: bool) -> int:
+    """Rows of a batch to one of the recipe: a pair of answers is two, unless both hang on one prompt."""
+    return 1 if shares or recipe.train is None or recipe.train.method == "sft" else 2
 
 
 def divisors(number: int) -> list[int]:

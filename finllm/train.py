@@ -14,8 +14,8 @@ from typing import Any, Literal
 from finllm import data, library, machine, models
 from finllm.errors import DataError, FinllmError, RecipeError, RunError
 from finllm.exhaustion import cause_of
-from finllm.lengths import lengths_of
-from finllm.plan import Plan, Rows, decide
+from finllm.learnt import counted
+from finllm.plan import Plan, decide
 from finllm.recipe import Recipe, load
 from finllm.run import Progress, Run, create
 
@@ -118,8 +118,8 @@ def _make_run(given: Path | Recipe, overrides: tuple[str, ...], processes: Any, 
     if recipe.train is None:
         raise RecipeError(f"{given}: has no `train`, so there is nothing to train; `finllm launch` evaluates it")
     parts = data.read_parts(recipe.data)
+    rows, texts = counted(recipe, parts)
     run = create(runs, name or ("run" if isinstance(given, Recipe) else given.stem))
-    rows = Rows(train=len(parts.train), validation=len(parts.validation), test=len(parts.test))
     plan = decide(
         recipe,
         here=machine.here(),
@@ -128,7 +128,7 @@ def _make_run(given: Path | Recipe, overrides: tuple[str, ...], processes: Any, 
         source=str(run.recipe if isinstance(given, Recipe) else given),
         overrides=overrides,
         processes=processes.num_processes,
-        texts=lengths_of(parts.train, recipe.explanations),
+        texts=texts,
     )
     plan.save(run)
     print(f"run folder: {run.folder}", flush=True)

@@ -14,7 +14,7 @@ from finllm import embedded
 from finllm.errors import RunError
 from finllm.recipe import Recipe
 from finllm.run import ALIVE, Progress, Run, State, find, write_text
-from launch import BACKENDS, finding, planning, shipped, tables
+from launch import BACKENDS, finding, pairs, planning, shipped, tables
 from launch.endings import DONE
 from launch.place import WAITING
 from launch.show import Tail
@@ -105,10 +105,11 @@ def recipes(*, folder: Path) -> int:
 
 def check(*, recipe: str, overrides: list[str]) -> int:
     """Everything that is wrong with a recipe and its data; or their counts."""
-    path, _, parts, notes = planning.checked(recipe, overrides)
+    path, read, parts, notes = planning.checked(recipe, overrides)
     print(f"{path}: no faults\n")
     tables.show(tables.data_counts(parts))
     print("", *(notes or ("no text, and no near twin of one, stands in two parts",)), sep="\n")
+    pairs.show(read, parts)
     return DONE
 
 

@@ -13,7 +13,8 @@ from finllm.data import DatasetSpec, Parts
 from finllm.data.hub import Hub
 from finllm.data.table import Table
 from finllm.errors import DataError, RecipeError, RunError
-from finllm.lengths import Lengths, lengths_of
+from finllm.learnt import counted
+from finllm.lengths import Lengths
 from finllm.plan import Plan, Rows, decide
 from finllm.recipe import Recipe, load
 from finllm.run import Run, State, create
@@ -29,8 +30,7 @@ def preview(
     """The plan that a launch would have; makes nothing, downloads nothing."""
     path = shipped.find(recipe_name)
     recipe = load(path, overrides)
-    parts, why_not = _parts_at_hand(recipe)
-    rows, texts = (_rows(parts), _lengths(recipe, parts)) if parts else (None, None)
+    rows, texts, why_not = _counted_at_hand(recipe)
     folder = _free(runs, name or default_name(path))
     plan = decide(
         recipe, rows=rows, folder=folder, source=str(path), overrides=overrides, texts=texts, **_where(cluster)
@@ -48,12 +48,11 @@ def prepare(
         raise RecipeError(
             f"{path}: resources.gpu is {recipe.resources.gpu}: that is for plans only; take it out, or use --dry-run"
         )
-    where, parts = _where(cluster), _parts(recipe)
+    where, (rows, texts) = _where(cluster), counted(recipe, _parts(recipe))
     run = _create(runs, name or default_name(path))
     try:
         plan = decide(
-            recipe, rows=_rows(parts), folder=run.folder, source=str(path), overrides=overrides, texts=_lengths(recipe, parts),
-            **where,
+            recipe, rows=rows, folder=run.folder, source=str(path), overrides=overrides, texts=texts, **where,
         )  # fmt: skip
         plan.save(run)
         stage: Stage = "train" if recipe.train else "evaluate"
@@ -101,25 +100,16 @@ def _parts(recipe: Recipe) -> Parts:
     return data.read_parts(recipe.data)
 
 
-def _rows(parts: Parts) -> Rows:
-    return Rows(train=len(parts.train), validation=len(parts.validation), test=len(parts.test))
-
-
-def _lengths(recipe: Recipe, parts: Parts) -> Lengths | None:
-    """Of the texts that are trained on, or else scored."""
-    return lengths_of(parts.train or parts.test, recipe.explanations)
-
-
-def _parts_at_hand(recipe: Recipe) -> tuple[Parts | None, str]:
+def _counted_at_hand(recipe: Recipe) -> tuple[Rows | None, Lengths | None, str]:
     """Rows before near twins of other sets are left out; None, and why, where reading is not quick."""
     slow = [spec.title for spec in recipe.data if _is_slow(spec)]
     if slow:
-        return None, f"{', '.join(slow)} would have to be fetched or split first; `finllm check` does it"
+        return None, None, f"{', '.join(slow)} would have to be fetched or split first; `finllm check` does it"
     os.environ["HF_HUB_OFFLINE"] = "1"  # a preview ends with its process
     try:
-        return data.read_parts(recipe.data), ""
-    except DataError as error:
-        return None, str(error)
+        return *counted(recipe, data.read_parts(recipe.data)), ""
+    except (DataError, RunError) as error:
+        return None, None, str(error)
 
 
 def _is_slow(spec: DatasetSpec) -> bool:

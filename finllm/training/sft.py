@@ -54,7 +54,7 @@ class Sft(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
     @staticmethod
     def encode(examples: Sequence[Example], prompter: Prompter, recipe: Recipe) -> list[Row]:
         """The examples as rows."""
-        return batches.encode(examples, prompter, recipe.explanations)
+        return batches.encode(examples, prompter, recipe)
 
     def get_train_dataloader(self) -> EpochLoader:
         """Our own order; the trainer moves the tensors to the device."""
