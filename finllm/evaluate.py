@@ -1,30 +1,30 @@
 """`python -m finllm.evaluate RUN`: score every system of a run on the same rows, and write the report."""
 
+import math
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 
-from finllm import baselines, data, library, models, predictions, report, scoring, tracking
+from finllm import boards, data, library, models, predictions, report, systems, tracking
+from finllm.assessment import score
 from finllm.data import Parts
 from finllm.errors import DataError, FinllmError, RecipeError, RunError
-from finllm.example import LABELS, SPLITS, Example
+from finllm.example import SPLITS
 from finllm.exhaustion import cause_of
-from finllm.journal import history
+from finllm.journal import Row, history
 from finllm.plan import Plan, Rows
 from finllm.predictions import Answers
-from finllm.progress import steps
-from finllm.prompts import Prompter, Rendered
 from finllm.report import Facts
-from finllm.run import Progress, Run, write_text
-from finllm.scores import Scores, score
+from finllm.run import Progress, Run
+from finllm.scores import Scores
 
 BOOTSTRAP_SEED = 0
+CURVES = {"train/loss", "validation/loss", "validation/accuracy", "validation/macro_f1"}
 
 
 def main(arguments: list[str]) -> int:
@@ -50,81 +50,42 @@ def main(arguments: list[str]) -> int:
 def evaluate(run: Run) -> Scores:
     """Scores of every system that the run's recipe names; leaves predictions, scores and report in the run folder."""
     plan = Plan.of(run)
-    parts, notes = data.training_parts(plan.recipe.data)
+    recipe = plan.recipe
+    parts, notes = data.training_parts(recipe.data)
     rows = {"validation": parts.validation, "test": parts.test}
-    examples = [example for part in plan.recipe.evaluation.parts for example in rows[part]]
-    if not examples:
-        wanted = " and ".join(plan.recipe.evaluation.parts)
-        raise RunError(f"{', '.join(s.title for s in plan.recipe.data)}: no rows in {wanted}; `parts` must name it")
+    if not any(rows[part] for part in recipe.evaluation.parts):
+        wanted = " and ".join(recipe.evaluation.parts)
+        raise RunError(f"{', '.join(s.title for s in recipe.data)}: no rows in {wanted}; `parts` must name it")
+    # Validation is answered in any case: temperatures are fitted on it, and sweeps choose by it.
+    examples = [e for part in rows if part in (*recipe.evaluation.parts, "validation") for e in rows[part]]
     tracker = tracking.start(run, plan, "evaluate")
-    answers = [*_of_models(run, plan, examples), *_of_baselines(plan, parts, examples)]
-    for one in answers:
+    found = systems.answered(run, plan, parts, examples, notes)
+    for one in found.answers:
         predictions.write(run, one)
-    scores = score(answers, plan.recipe.evaluation.bootstrap_draws, BOOTSTRAP_SEED)
+    scores = score(
+        found.answers,
+        recipe.evaluation.bootstrap_draws,
+        BOOTSTRAP_SEED,
+        parts=recipe.evaluation.parts,
+        missing=found.missing,
+        checks=found.checks,
+    )
     scores.save(run)
-    write_text(run.report, report.markdown(scores, plan, _facts(run, plan, parts, notes)))
+    facts = _facts(run, plan, parts, notes)
+    facts.save(run)
+    report.write(run, scores, plan, facts)
     Console(width=100).print(report.table(scores))
-    tracker.summary(**_figures(scores))
-    tracker.finish()
+    _track(tracker, scores, found.answers, facts)
     _done(run)
     return scores
 
 
-def _of_models(run: Run, plan: Plan, examples: Sequence[Example]) -> list[Answers]:
-    """Answers of the tuned model, and of its base with the adapter off."""
-    device = models.device_of(plan.device)
-    loaded = models.load(plan.recipe.model, dtype=plan.dtype, device=device, dequantize=plan.dequantize)
-    prompter = Prompter(loaded.tokenizer, plan.recipe.prompt)
-    prompts = prompter.render([e.text for e in examples], [e.target for e in examples])
-    name = plan.recipe.model.name
-
-    def ask(key: str, title: str, model: Any) -> Answers:
-        return _answers(key, title, model, examples, prompts, prompter, plan, run)
-
-    if plan.recipe.train is None:
-        return [ask("base", f"{name}, zero-shot", loaded.model)]
-    if not (run.adapter / models.CARD).is_file():
-        raise RunError(f"{run.folder} has no trained weights; `finllm resume {run.name}` trains to the end")
-    base = [ask("base", f"{name}, zero-shot", loaded.model)] if plan.recipe.evaluation.base else []
-    if models.is_adapter(run.adapter):
-        tuned = models.attach(loaded.model, run.adapter)
-    else:  # all weights were trained: the base must go before they come
-        del loaded
-        own = plan.recipe.model.model_copy(update={"name": str(run.adapter), "revision": None})
-        tuned = models.load(own, dtype=plan.dtype, device=device).model
-    return [ask("tuned", f"{name}, tuned", tuned), *base]
-
-
-def _answers(
-    key: str,
-    name: str,
-    model: Any,
-    examples: Sequence[Example],
-    prompts: Sequence[Rendered],
-    prompter: Prompter,
-    plan: Plan,
-    run: Run,
-) -> Answers:
-    answers = [prompter.answers[label] for label in LABELS]
-    began = time.monotonic()
-    with steps(f"scoring with the {key} model", len(examples), "text", run) as counter:
-        rows = scoring.score(model, [p.ids for p in prompts], answers, batch_tokens=plan.batch_tokens, steps=counter)
-    seconds = time.monotonic() - began
-    shares = scoring.probabilities(rows)
-    return Answers(key, name, seconds, predictions.of(examples, shares, [p.truncated for p in prompts]))
-
-
-def _of_baselines(plan: Plan, parts: Parts, examples: Sequence[Example]) -> list[Answers]:
-    """Answers of what needs no language model; each is fitted on the training part, as the tuned model was."""
-    if not parts.train:
-        return []
-    answers = []
-    for key in plan.recipe.evaluation.baselines:
-        fitted = baselines.BASELINES[key](parts.train, parts.validation)
-        began = time.monotonic()
-        rows = fitted.probabilities(examples)
-        answers.append(Answers(key, baselines.NAMES[key], time.monotonic() - began, predictions.of(examples, rows)))
-    return answers
+def _track(tracker: tracking.Tracker, scores: Scores, answers: Sequence[Answers], facts: Facts) -> None:
+    """The report's figures, tables and pictures into the run that training began."""
+    tracker.summary(**_figures(scores))
+    tracker.tables(boards.tables(scores, answers))
+    tracker.pictures({chart.name: chart.png for chart in report.charts_of(scores, facts)})
+    tracker.finish()
 
 
 def _facts(run: Run, plan: Plan, parts: Parts, notes: Sequence[str]) -> Facts:
@@ -144,7 +105,17 @@ def _facts(run: Run, plan: Plan, parts: Parts, notes: Sequence[str]) -> Facts:
     }
     if "validation/best_loss" in numbers:
         told["best validation loss"] = f"{numbers['validation/best_loss']:.4f} nats a label"
-    return Facts(rows=rows, training=told if lines else {}, notes=notes)
+    return Facts(rows=rows, training=told if lines else {}, notes=tuple(notes), curves=_curves(lines))
+
+
+def _curves(lines: Sequence[Row]) -> dict[str, tuple[tuple[int, float], ...]]:
+    """Losses and validation figures over the steps; a step that was repeated after a rollback counts as it ended."""
+    found: dict[str, dict[int, float]] = {}
+    for row in lines:
+        for name in CURVES & row.numbers.keys():
+            if row.step is not None and math.isfinite(row.numbers[name]):
+                found.setdefault(name, {})[row.step] = row.numbers[name]
+    return {name: tuple(sorted(found[name].items())) for name in sorted(found)}
 
 
 def _figures(scores: Scores) -> dict[str, float]:

@@ -32,5 +32,7 @@ class Example:
     """Near twins share a group; no split separates them, and bootstrap draws whole groups."""
     careless: Label | None = None
     """What a careless reader would answer; set on mixed-signal sentences only."""
+    seen_by: tuple[str, ...] = ()
+    """Published models whose training or validation rows hold this one, as the split tables call them: `prosus`."""
     explanation: str | None = None
     """Why the label is right, in one or two sentences."""

@@ -10,6 +10,16 @@ from pathlib import Path
 from finllm.errors import RunError
 from finllm.run import Run
 
+Cell = str | float | int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """A table to be tracked."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -40,6 +50,12 @@ class Journal:
     def summary(self, **numbers: float) -> None:
         """Figures of the whole run."""
         self._write(None, numbers)
+
+    def tables(self, tables: Mapping[str, Board], /) -> None:
+        """Tables stand in scores.json and predictions/."""
+
+    def pictures(self, pictures: Mapping[str, bytes], /) -> None:
+        """Figures stand in figures/."""
 
     def finish(self, exit_code: int = 0) -> None:
         """Nothing is left to do."""

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from finllm.errors import RunError
 from finllm.example import LABELS, Example, Label, Split
-from finllm.run import Run, write_text
+from finllm.run import Run, read_json, write_text
 from finllm.yamlfile import Spec
 
 DIGITS = 6
@@ -37,6 +37,8 @@ class Prediction(Spec):
     source: str | None = None
     careless: Label | None = None
     """What a careless reader would answer; set on mixed-signal sentences only."""
+    seen_by: tuple[str, ...] | None = None
+    """Published models that were trained on this row; None is none."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,14 @@ class Answers:
     key: str
     name: str
     seconds: float
+    """For all predictions; loading and fitting are not in it."""
     predictions: Sequence[Prediction]
+    latency_ms: float | None = None
+    """Median time for one text alone; None where it was not measured."""
+    marks: tuple[str, ...] = ()
+    """What a reader must know of the system, such as that it was trained on rows it is tested on."""
+    saw: str | None = None
+    """The name under which rows say, in `seen_by`, that this system was trained on them."""
 
     @property
     def parts(self) -> list[tuple[str, Split]]:
@@ -87,6 +96,7 @@ def _prediction(example: Example, row: list[float], truncated: bool) -> Predicti
         agreement=example.agreement,
         source=example.source,
         careless=example.careless,
+        seen_by=example.seen_by or None,
     )
 
 
@@ -119,3 +129,31 @@ def _read(line: str, path: Path, number: int) -> Prediction:
         return Prediction.model_validate(json.loads(line))
     except (ValueError, ValidationError) as error:
         raise RunError(f"{path}:{number}: is no prediction ({error}); write the file again with evaluate") from error
+
+
+def changed(prediction: Prediction, row: Sequence[float]) -> Prediction:
+    """The prediction with other probabilities, and the label that follows from them."""
+    first, second, third = (float(f"{p:.{DIGITS}g}") for p in row)
+    best = LABELS[max(range(len(LABELS)), key=lambda i: row[i])]
+    return prediction.model_copy(update={"probabilities": (first, second, third), "predicted": best})
+
+
+def of_run(run: Run, key: str | None = None) -> Answers:
+    """What a system of an evaluated run answered on all its rows; without a key, the run's own system.
+
+    Raises RunError where the run was not evaluated.
+    """
+    systems = read_json(run.scores)["systems"]
+    one = next((system for system in systems if key in (None, system["key"])), None)
+    if one is None:
+        raise RunError(f"{run.name} has no system {key}; it has {', '.join(system['key'] for system in systems)}")
+    files = sorted(run.predictions.glob(f"*.{one['key']}.jsonl"))
+    rows = [p for path in files for p in read(path)]
+    return Answers(
+        one["key"],
+        one["name"],
+        one["seconds"],
+        rows,
+        latency_ms=one.get("latency_ms"),
+        marks=tuple(one.get("marks", ())),
+    )

@@ -1,26 +1,15 @@
-"""Scores: the figures that follow from every system's predictions, written to `scores.json`.
+"""Scores: everything that a report says about systems, as it stands in `scores.json`; `finllm.assessment` makes them."""
 
-`score` is a pure function, so that a report can be made again, and questioned, without a model. A new metric is a
-function in `finllm.metrics` and a field here.
-"""
-
-from collections.abc import Iterable, Sequence
-
-import numpy as np
-
-from finllm import metrics
-from finllm.errors import RunError
-from finllm.example import LABELS, Label, Split
-from finllm.predictions import Answers, Prediction
+from finllm.example import Label, Split
 from finllm.run import Run, read_json, write_json
 from finllm.yamlfile import Spec
 
-SMALLEST_SLICE = 20
-"""Rows below which a slice is not reported."""
+LEVEL = 0.05
+"""A difference is decided where its corrected p-value is below this."""
 
 
 class Interval(Spec):
-    """A figure with its 95 % bootstrap interval; shares from 0 to 1, or differences of them."""
+    """A figure with its 95 % bootstrap interval; shares from 0 to 1, differences of them, nats."""
 
     value: float
     low: float
@@ -47,6 +36,13 @@ class Metrics(Spec):
     accuracy: Interval
     macro_f1: Interval
     weighted_f1: Interval
+    mcc: Interval
+    """Matthews correlation, -1 to 1."""
+    nll: Interval
+    """Nats a row."""
+    brier: Interval
+    """0 to 2."""
+    ece: Interval
     per_class: dict[Label, ClassScore]
     confusion: tuple[tuple[int, ...], ...]
     """One line for each gold label, one column for each predicted one, in the order of LABELS."""
@@ -54,23 +50,82 @@ class Metrics(Spec):
     """Texts that were cut to fit the model."""
 
 
+class ReliabilityBin(Spec):
+    """Answers of like confidence."""
+
+    rows: int
+    confidence: float
+    accuracy: float
+
+
+class Softened(Spec):
+    """The same system at the temperature that fits validation best."""
+
+    temperature: float
+    nll: Interval
+    brier: Interval
+    ece: Interval
+    bins: tuple[ReliabilityBin, ...]
+
+
+class Calibration(Spec):
+    """How far a system's confidence can be believed on one part."""
+
+    bins: tuple[ReliabilityBin, ...]
+    softened: Softened | None
+    """None without validation rows of the same data set, and on the validation part itself."""
+    coverage: tuple[float, ...]
+    risk: tuple[float, ...]
+    """Share of wrong answers among the most confident ones, at each coverage."""
+    aurc: Interval
+    """Mean risk over all coverages."""
+    selective_accuracy: Interval
+    """Accuracy on the 80 % of the texts with the highest confidence."""
+
+
 class Slice(Spec):
     """Rows of one part that have something in common, and every system on them."""
 
     by: str
-    """What they have in common: `agreement`, `source`, `signals`."""
+    """What they have in common: `agreement`, `level`, `source`, `target`, `signals`, `unseen`."""
     value: str
     rows: int
     systems: dict[str, Metrics]
 
 
 class Paired(Spec):
-    """First system less second on the same rows, with intervals over the same draws."""
+    """First system less second on the same rows, with intervals over the same draws, and McNemar's exact test."""
 
     first: str
     second: str
     accuracy: Interval
     macro_f1: Interval
+    only_first: int
+    """Rows that only the first system has right."""
+    only_second: int
+    p: float
+    p_corrected: float
+    """After Holm, over all comparisons of the first system of the report, or over all others."""
+
+    @property
+    def decided(self) -> bool:
+        """Whether interval and corrected test agree that the accuracies differ."""
+        return self.accuracy.decided and self.p_corrected < LEVEL
+
+
+class Case(Spec):
+    """One text and what every system says of it."""
+
+    id: str
+    text: str
+    target: str | None = None
+    gold: Label
+    predicted: Label
+    """By the first system."""
+    probabilities: tuple[float, float, float]
+    """Of the first system."""
+    answers: dict[str, Label]
+    """Of the other systems."""
 
 
 class PartScores(Spec):
@@ -82,9 +137,14 @@ class PartScores(Spec):
     clusters: int
     """Groups of near twins, and rows that have none: what the intervals draw from."""
     systems: dict[str, Metrics]
+    calibration: dict[str, Calibration]
     slices: tuple[Slice, ...]
     paired: tuple[Paired, ...]
-    """The first system less each of the others."""
+    """Every two systems; those with the first system come first."""
+    mistakes: tuple[Case, ...]
+    """The first system's most confident mistakes."""
+    mixed: tuple[Case, ...]
+    """Sentences with mixed signals."""
 
 
 class System(Spec):
@@ -98,17 +158,39 @@ class System(Spec):
     seconds: float
     """For answering all texts; loading and fitting are not in it."""
     texts_per_second: float
+    latency_ms: float | None = None
+    """Median time for one text alone."""
+    marks: tuple[str, ...] = ()
+    """What a reader must know, such as that it was trained on rows it is tested on."""
+
+
+class Missing(Spec):
+    """A system that was asked for and could not be scored."""
+
+    key: str
+    name: str
+    why: str
+
+
+class Check(Spec):
+    """Something that must hold for the figures to mean what they say, and what was found."""
+
+    name: str
+    passed: bool
+    found: str
 
 
 class Scores(Spec):
     """Everything that a report says about systems; written to scores.json."""
 
     systems: tuple[System, ...]
-    """The first is the one that the others are compared with."""
+    """The first is the one that the verdict is about."""
     parts: tuple[PartScores, ...]
     draws: int
     """Bootstrap draws behind each interval."""
     seed: int
+    missing: tuple[Missing, ...] = ()
+    checks: tuple[Check, ...] = ()
 
     def save(self, run: Run) -> None:
         """Write scores.json."""
@@ -118,126 +200,3 @@ class Scores(Spec):
     def of(cls, run: Run) -> "Scores":
         """The scores of a run folder; raises RunError where it has none."""
         return cls.model_validate(read_json(run.scores))
-
-
-def score(answers: Sequence[Answers], draws: int, seed: int) -> Scores:
-    """Figures of every system on every part, with intervals; the first system is compared with each other one.
-
-    Raises RunError where two systems did not answer the same rows.
-    """
-    _check(answers)
-    return Scores(
-        systems=tuple(_system(a) for a in answers),
-        parts=tuple(_part(answers, dataset, part, draws, seed) for dataset, part in answers[0].parts),
-        draws=draws,
-        seed=seed,
-    )
-
-
-def _check(answers: Sequence[Answers]) -> None:
-    keys = [a.key for a in answers]
-    if len(set(keys)) < len(keys) or not keys:
-        raise RunError(f"systems {', '.join(keys) or '(none)'}: give at least one, and each its own key")
-    asked = {p.id: p.gold for p in answers[0].predictions}
-    for one in answers:
-        rows = {p.id: p.gold for p in one.predictions}
-        if len(rows) < len(one.predictions):
-            raise RunError(f"{one.key}: has two predictions of one row; predict each row once")
-        if rows != asked:
-            odd = sorted(set(rows.items()) ^ set(asked.items()))
-            raise RunError(
-                f"{one.key} and {answers[0].key} did not answer the same rows: {len(odd)} differ, the first is "
-                f"{odd[0][0]}; score both on the same parts of the same data"
-            )
-
-
-def _system(one: Answers) -> System:
-    texts = len(one.predictions)
-    pace = texts / one.seconds if one.seconds > 0 else 0.0
-    return System(key=one.key, name=one.name, texts=texts, seconds=one.seconds, texts_per_second=pace)
-
-
-Rows = dict[str, list[Prediction]]
-"""Predictions of each system, by key; the same rows in the same order."""
-
-
-def _part(answers: Sequence[Answers], dataset: str, part: Split, draws: int, seed: int) -> PartScores:
-    asked = [p.id for p in answers[0].predictions if (p.dataset, p.part) == (dataset, part)]
-    rows: Rows = {}
-    for one in answers:
-        by_id = {p.id: p for p in one.predictions}
-        rows[one.key] = [by_id[name] for name in asked]
-    first = rows[answers[0].key]
-    return PartScores(
-        dataset=dataset,
-        part=part,
-        rows=len(first),
-        clusters=len({p.id if p.group is None else (p.group,) for p in first}),
-        systems=_systems(rows, draws, seed),
-        slices=tuple(_slices(rows, first, draws, seed)),
-        paired=tuple(_paired(rows, answers[0].key, other.key, draws, seed) for other in answers[1:]),
-    )
-
-
-def _systems(rows: Rows, draws: int, seed: int) -> dict[str, Metrics]:
-    return {key: _metrics(answered, draws, seed) for key, answered in rows.items()}
-
-
-def _metrics(answered: Sequence[Prediction], draws: int, seed: int) -> Metrics:
-    gold, predicted = _gold(answered), _predicted(answered)
-    intervals = metrics.bootstrap(gold, predicted, [p.group for p in answered], draws, seed)
-    classes = metrics.per_class(gold, predicted)
-    return Metrics(
-        accuracy=_interval(metrics.accuracy(gold, predicted), intervals["accuracy"]),
-        macro_f1=_interval(metrics.macro_f1(gold, predicted), intervals["macro_f1"]),
-        weighted_f1=_interval(metrics.weighted_f1(gold, predicted), intervals["weighted_f1"]),
-        per_class={
-            label: ClassScore(precision=c.precision, recall=c.recall, f1=c.f1, support=c.support)
-            for label, c in zip(LABELS, classes, strict=True)
-        },
-        confusion=tuple(tuple(line) for line in metrics.confusion(gold, predicted).tolist()),
-        truncated=sum(p.truncated for p in answered),
-    )
-
-
-def _slices(rows: Rows, first: Sequence[Prediction], draws: int, seed: int) -> Iterable[Slice]:
-    """Slices by agreement, source and mixed signals that are neither all rows nor too few."""
-    mixed = any(p.careless for p in first)
-    kinds: dict[str, list[str | None]] = {
-        "agreement": [p.agreement for p in first],
-        "source": [p.source for p in first],
-        "signals": [("mixed" if p.careless else "plain") if mixed else None for p in first],
-    }
-    for by, values in kinds.items():
-        for value in sorted({v for v in values if v is not None}, key=_order):
-            chosen = [i for i, v in enumerate(values) if v == value]
-            if SMALLEST_SLICE <= len(chosen) < len(first):
-                part = {key: [answered[i] for i in chosen] for key, answered in rows.items()}
-                yield Slice(by=by, value=value, rows=len(chosen), systems=_systems(part, draws, seed))
-
-
-def _order(value: str) -> tuple[int, str]:
-    """Bands of agreement from the highest down, everything else by name."""
-    start = value.partition("-")[0]
-    return (-int(start) if start.isdigit() else 0, value)
-
-
-def _paired(rows: Rows, first: str, second: str, draws: int, seed: int) -> Paired:
-    answered = rows[first]
-    found = metrics.paired_bootstrap(
-        _gold(answered), _predicted(answered), _predicted(rows[second]), [p.group for p in answered], draws, seed
-    )
-    intervals = {name: Interval(value=d.value, low=d.low, high=d.high) for name, d in found.items()}
-    return Paired(first=first, second=second, accuracy=intervals["accuracy"], macro_f1=intervals["macro_f1"])
-
-
-def _interval(value: float, ends: tuple[float, float]) -> Interval:
-    return Interval(value=value, low=ends[0], high=ends[1])
-
-
-def _gold(answered: Sequence[Prediction]) -> metrics.Indices:
-    return np.array([LABELS.index(p.gold) for p in answered], dtype=np.intp)
-
-
-def _predicted(answered: Sequence[Prediction]) -> metrics.Indices:
-    return np.array([LABELS.index(p.predicted) for p in answered], dtype=np.intp)

@@ -84,7 +84,7 @@ def score(
     if not prompts:
         return np.zeros((0, len(answers)))
     tree = trie(answers)
-    engine = engine or _engine(model)
+    engine = engine or engine_of(model)
     if engine is not None and sees_all(model, max(map(len, prompts)) + max(map(len, answers))):
         if tree.tokens:
             return _token_by_token(model, prompts, answers, batch_tokens, steps, engine)
@@ -117,7 +117,7 @@ def probabilities(log_probabilities: NDArray[np.float64]) -> NDArray[np.float64]
     return normalised
 
 
-def _engine(model: Any) -> Engine | None:
+def engine_of(model: Any) -> Engine | None:
     """The hand-written passes, where there is a GPU and they know the model's layers."""
     on_gpu = base_of(model).device.type == "cuda"
     return Engine(model) if on_gpu and unsupported(model) is None else None

@@ -62,6 +62,15 @@ class Sweep:
             raise RunError(f"{path} is no sweep ({error!r}); start the sweep anew") from error
 
 
+def holding(run: Run) -> str | None:
+    """The name of the sweep that a run belongs to; None where it belongs to none."""
+    for path in sorted(run.folder.absolute().parent.glob(f"*/{FILE}")):
+        sweep = Sweep.of(path.parent)
+        if run.name in {cell.run for cell in sweep.cells}:
+            return sweep.name
+    return None
+
+
 def write_report(sweep: Sweep) -> Path:
     """Write the comparison of the cells that are done, and say which are not; returns the path of report.md.
 

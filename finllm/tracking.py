@@ -5,14 +5,16 @@ evaluation afterwards continue the same run. Tracking never ends a run: without 
 process it goes on offline, or with `metrics.jsonl` alone, and says so.
 """
 
+import io
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 from typing_extensions import override
 
-from finllm.journal import Journal
+from finllm import sweeps
+from finllm.journal import Board, Journal
 from finllm.plan import Plan
 from finllm.run import Run
 
@@ -36,6 +38,14 @@ class Tracker(Protocol):
         """Figures of the whole run, such as the scores on the test part."""
         ...
 
+    def tables(self, tables: Mapping[str, Board], /) -> None:
+        """Tables of the whole run, by name, such as its predictions."""
+        ...
+
+    def pictures(self, pictures: Mapping[str, bytes], /) -> None:
+        """Figures of the whole run, by name, as PNG."""
+        ...
+
     def finish(self, exit_code: int = 0) -> None:
         """Nothing more comes; anything but 0 marks the run as failed."""
         ...
@@ -48,6 +58,10 @@ class NoTracker(Tracker):
     def log(self, step: int, /, **numbers: float) -> None: ...
     @override
     def summary(self, **numbers: float) -> None: ...
+    @override
+    def tables(self, tables: Mapping[str, Board], /) -> None: ...
+    @override
+    def pictures(self, pictures: Mapping[str, bytes], /) -> None: ...
     @override
     def finish(self, exit_code: int = 0) -> None: ...
 
@@ -72,6 +86,34 @@ class Wandb(Tracker):
     def summary(self, **numbers: float) -> None:
         self._journal.summary(**numbers)
         self._send(lambda: self._session.summary.update(numbers))
+
+    @override
+    def tables(self, tables: Mapping[str, Board], /) -> None:
+        import wandb
+
+        self._log_media(
+            lambda: {
+                f"tables/{name}": wandb.Table(columns=list(board.columns), data=[list(row) for row in board.rows])
+                for name, board in tables.items()
+            }
+        )
+
+    @override
+    def pictures(self, pictures: Mapping[str, bytes], /) -> None:
+        import wandb
+        from PIL import Image
+
+        self._log_media(
+            lambda: {
+                f"figures/{name}": wandb.Image(Image.open(io.BytesIO(data)), caption=name)
+                for name, data in pictures.items()
+            }
+        )
+
+    def _log_media(self, made: Callable[[], dict[str, Any]]) -> None:
+        """Log tables or pictures as one more line of the history; metrics.jsonl has no place for them."""
+        self._send(lambda: self._session.log(made(), step=self._next, commit=True))
+        self._next += 1
 
     @override
     def finish(self, exit_code: int = 0) -> None:
@@ -177,7 +219,7 @@ def _init(run: Run, plan: Plan, mode: Mode) -> Any:
     return wandb.init(
         project=tracking.project,
         entity=tracking.entity,
-        group=tracking.group,
+        group=tracking.group or sweeps.holding(run),
         tags=tracking.tags,
         name=run.name,
         id=run_id(run),

@@ -25,9 +25,10 @@ def evaluated(train: Callable[..., Run], recipe: Path, tmp_path_factory: pytest.
 
 def test_every_system_answers_every_row_once(evaluated: Run) -> None:
     """Tuned, base and baselines on both parts, each row with three probabilities that sum to 1."""
-    assert [system.key for system in Scores.of(evaluated).systems] == ["tuned", "base", "majority", "tfidf"]
+    systems = ["tuned", "base", "base-calibrated", "majority", "tfidf"]
+    assert [system.key for system in Scores.of(evaluated).systems] == systems
     for part in ("validation", "test"):
-        for key in ("tuned", "base", "majority", "tfidf"):
+        for key in systems:
             rows = predictions.read(evaluated.predictions / f"table.{part}.{key}.jsonl")
             assert len({row.id for row in rows}) == 6
             np.testing.assert_allclose([sum(row.probabilities) for row in rows], 1, atol=1e-5)

@@ -1,16 +1,18 @@
 """Scores follow from predictions alone: figures, slices, comparisons, and what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from finllm import metrics, predictions, scores
+from finllm import assessment, metrics, predictions
 from finllm.errors import RunError
 from finllm.example import LABELS, Example, Label, Split
 from finllm.predictions import Answers, Prediction
 from finllm.run import create
+from finllm.scores import Scores
 
 BANDS = ("100", "75-99", "66-75", "50-66")
 
@@ -54,7 +56,7 @@ def indices(labels: list[Label]) -> metrics.Indices:
 
 def test_figures_are_those_of_metrics_on_the_same_rows() -> None:
     """Accuracy, F1, classes and confusion of one part, with intervals over its twin groups."""
-    scored = scores.score([TUNED, BASE], 500, 7)
+    scored = assessment.score([TUNED, BASE], 500, 7)
     (part,) = scored.parts
     gold, predicted = (indices([getattr(p, what) for p in TUNED.predictions]) for what in ("gold", "predicted"))
     found = part.systems["tuned"]
@@ -73,8 +75,9 @@ def test_figures_are_those_of_metrics_on_the_same_rows() -> None:
 def test_the_first_system_is_compared_with_each_other_one() -> None:
     """The difference is that of the two figures, decided where the interval leaves out 0."""
     same = Answers("again", "the tuned one again", 1.0, TUNED.predictions)
-    (part,) = scores.score([TUNED, BASE, same], 500, 7).parts
-    against_base, against_itself = part.paired
+    (part,) = assessment.score([TUNED, BASE, same], 500, 7).parts
+    against_base, against_itself, others = part.paired
+    assert (others.first, others.second) == ("base", "again")
     assert (against_base.first, against_base.second, against_itself.second) == ("tuned", "base", "again")
     difference = part.systems["tuned"].accuracy.value - part.systems["base"].accuracy.value
     assert against_base.accuracy.value == pytest.approx(difference)
@@ -85,13 +88,14 @@ def test_the_first_system_is_compared_with_each_other_one() -> None:
 
 def test_slices_are_bands_sources_and_signals_with_enough_rows() -> None:
     """Bands come from the highest down; the band of 10 rows is left out."""
-    (part,) = scores.score([TUNED, BASE], 200, 7).parts
+    (part,) = assessment.score([TUNED, BASE], 200, 7).parts
     found = {(s.by, s.value): s.rows for s in part.slices}
     assert list(found) == [
         ("agreement", "100"), ("agreement", "75-99"), ("agreement", "66-75"),
-        ("source", "news"), ("source", "post"), ("signals", "mixed"), ("signals", "plain"),
+        ("level", "66"), ("level", "75"), ("source", "news"), ("source", "post"), ("signals", "mixed"),
+        ("signals", "plain"),
     ]  # fmt: skip
-    assert found["agreement", "100"] == 200
+    assert (found["agreement", "100"], found["level", "75"], found["level", "66"]) == (200, 300, 390)
     assert sum(e.agreement == "50-66" for e in ROWS) == 10
     posts = [p for p in TUNED.predictions if p.source == "post"]
     (scored,) = [s for s in part.slices if s.value == "post"]
@@ -103,16 +107,87 @@ def test_slices_are_bands_sources_and_signals_with_enough_rows() -> None:
 def test_what_all_rows_share_is_no_slice() -> None:
     """One source, one band and no mixed signals say nothing that the whole part does not."""
     rows = [Example(f"x:{n}", "x", "t", LABELS[n % 3], "test", source="news", agreement="100") for n in range(60)]
-    (part,) = scores.score([answer(rows, "tuned", 0.8)], 200, 7).parts
+    (part,) = assessment.score([answer(rows, "tuned", 0.8)], 200, 7).parts
     assert part.slices == ()
     assert part.paired == ()
+
+
+def test_rows_are_told_apart_by_target_and_by_who_has_seen_them() -> None:
+    """A target is named in the text or not; rows that a system was trained on are known where it is compared."""
+    rows = [
+        replace(e, target="Nokia" if n % 3 else "text", seen_by=("prosus",) if n % 4 == 0 else ())
+        for n, e in enumerate(examples(120))
+    ]
+    saw = replace(answer(rows, "finbert", 0.9), saw="prosus")
+    (part,) = assessment.score([answer(rows, "tuned", 0.8), saw], 100, 7).parts
+    found = {(s.by, s.value): s.rows for s in part.slices}
+    assert found["target", "named in the text"] == 40
+    assert found["target", "not named in the text"] == 80
+    assert found["unseen", "prosus"] == 90
+    (part,) = assessment.score([answer(rows, "tuned", 0.8)], 100, 7).parts
+    assert not [s for s in part.slices if s.by == "unseen"]
+
+
+def test_a_temperature_is_fitted_on_validation_rows_alone() -> None:
+    """What is reported of the test part changes with it; the validation part itself, and a set without one, have none."""
+    rows = [*examples(300, "a", "validation"), *examples(200, "a"), *examples(100, "b")]
+    scored = assessment.score([answer(rows, "tuned", 0.7)], 100, 7)
+    validation, test, alone = (part.calibration["tuned"].softened for part in scored.parts)
+    assert validation is None
+    assert alone is None
+    assert test is not None
+    assert test.temperature > 1.2  # it says 0.9 of everything and is right in 0.8 of all
+    assert test.nll.value < scored.parts[1].systems["tuned"].nll.value
+    other = [
+        p if p.part == "test" else p.model_copy(update={"gold": p.predicted}) for p in answer(rows, "", 0.7).predictions
+    ]
+    surer = assessment.score([Answers("tuned", "", 1.0, other)], 100, 7).parts[1]
+    assert surer.calibration["tuned"].softened is not None
+    assert surer.calibration["tuned"].softened.temperature < 1
+    assert surer.systems == scored.parts[1].systems
+
+
+def test_parts_that_are_not_asked_for_are_not_reported() -> None:
+    """Validation rows are there for the temperature."""
+    rows = [*examples(60, "a", "validation"), *examples(60, "a")]
+    (part,) = assessment.score([answer(rows, "tuned", 0.7)], 100, 7, parts=["test"]).parts
+    assert part.part == "test"
+    assert part.calibration["tuned"].softened is not None
+
+
+def test_p_values_are_corrected_for_the_number_of_comparisons() -> None:
+    """The first system against k others has its weakest p times 1, its strongest times k; decided takes both tests."""
+    near, same = answer(ROWS, "near", 0.72, seed=5), replace(TUNED, key="same")
+    (part,) = assessment.score([TUNED, BASE, near, same], 300, 7).parts
+    own = {pair.second: pair for pair in part.paired if pair.first == "tuned"}
+    assert own["base"].p_corrected == pytest.approx(3 * own["base"].p)
+    assert own["near"].p_corrected == pytest.approx(min(1.0, 2 * own["near"].p))
+    assert own["same"].p_corrected == own["same"].p == 1
+    assert own["base"].decided
+    assert not own["same"].decided
+    only = own["base"].only_first - own["base"].only_second
+    assert own["base"].accuracy.value == pytest.approx(only / 400)
+    unsure = own["base"].model_copy(update={"p_corrected": 0.06})
+    assert unsure.accuracy.decided
+    assert not unsure.decided
+
+
+def test_mistakes_and_mixed_signals_are_listed_by_confidence() -> None:
+    """At most twenty mistakes of the first system, with what the others say; every mixed sentence."""
+    (part,) = assessment.score([TUNED, BASE], 100, 7).parts
+    assert len(part.mistakes) == 20
+    assert all(case.predicted != case.gold for case in part.mistakes)
+    assert set(part.mistakes[0].answers) == {"base"}
+    assert len(part.mixed) == sum(e.careless is not None for e in ROWS)
+    confidence = [max(case.probabilities) for case in part.mixed]
+    assert confidence == sorted(confidence, reverse=True)
 
 
 def test_data_sets_and_parts_are_scored_apart() -> None:
     """In the order of the predictions."""
     rows = [*examples(30, "b", "validation"), *examples(40, "a"), *examples(50, "b")]
     tuned = answer(rows, "tuned", 0.8)
-    parts = scores.score([tuned], 200, 7).parts
+    parts = assessment.score([tuned], 200, 7).parts
     assert [(p.dataset, p.part, p.rows) for p in parts] == [
         ("b", "validation", 30),
         ("a", "test", 40),
@@ -126,12 +201,12 @@ def test_data_sets_and_parts_are_scored_apart() -> None:
 def test_systems_may_have_answered_in_different_orders() -> None:
     """Rows are matched by their id, so nothing changes, the paired intervals included."""
     turned = Answers(BASE.key, BASE.name, BASE.seconds, BASE.predictions[::-1])
-    assert scores.score([TUNED, turned], 200, 7) == scores.score([TUNED, BASE], 200, 7)
+    assert assessment.score([TUNED, turned], 200, 7) == assessment.score([TUNED, BASE], 200, 7)
 
 
 def test_pace_is_texts_by_seconds_and_0_where_nothing_was_timed() -> None:
     """No division by zero for a system that took no time."""
-    timed, not_timed = scores.score([TUNED, Answers("none", "untimed", 0.0, TUNED.predictions)], 200, 7).systems
+    timed, not_timed = assessment.score([TUNED, Answers("none", "untimed", 0.0, TUNED.predictions)], 200, 7).systems
     assert (timed.texts, timed.seconds, timed.texts_per_second) == (400, 2.0, 200.0)
     assert not_timed.texts_per_second == 0
 
@@ -155,18 +230,18 @@ REFUSED = {
 def test_systems_that_cannot_be_compared_are_refused(answers: list[Answers], message: str) -> None:
     """A figure over other rows must not stand in the same table."""
     with pytest.raises(RunError, match=message):
-        scores.score(answers, 100, 7)
+        assessment.score(answers, 100, 7)
 
 
 def test_scores_read_back_equal(tmp_path: Path) -> None:
     """scores.json holds everything."""
     run = create(tmp_path, "demo")
-    scored = scores.score([TUNED, BASE], 200, 7)
+    scored = assessment.score([TUNED, BASE], 200, 7)
     scored.save(run)
-    assert scores.Scores.of(run) == scored
+    assert Scores.of(run) == scored
 
 
 def test_a_run_without_scores_says_so(tmp_path: Path) -> None:
     """It has not been evaluated."""
     with pytest.raises(RunError, match=r"scores\.json is missing"):
-        scores.Scores.of(create(tmp_path, "demo"))
+        Scores.of(create(tmp_path, "demo"))

@@ -68,6 +68,7 @@ class PhraseBank(DatasetSpec):
                 source="news",
                 agreement=row["band"],
                 group=f"{self.title}:{row['group']}",
+                seen_by=tuple(name for name in ("prosus", "fingpt") if row[name] in ("train", "validation")),
             )
             for row, raw in tables.kept("phrasebank", _lines(place), place)
             if row["band"] in bands
