@@ -178,7 +178,8 @@ def source(run: str, runs: Path) -> str | Path:
     """What the name stands for: a run first, then a folder, a model of the hub, the embedded model."""
     # A misspelt run is not looked for on the hub, which takes a minute where there is no network.
     is_other = Path(run).exists() or "/" in run or run == embedded.NAME
-    return run if is_other and not (runs / run).is_dir() else find(run, runs).folder
+    is_run = (runs / run).is_dir() and not Path(run).is_absolute()  # an absolute path would replace `runs`
+    return run if is_other and not is_run else find(run, runs).folder
 
 
 def _lines(file: Path | None) -> Iterator[str]:
