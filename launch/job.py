@@ -96,7 +96,9 @@ class Node(Here):
         self._looked = 0.0
 
     def note(self, number: int, _: object) -> None:
-        """What this process does on a signal before and after it supervises."""
+        """What this process does on a signal before and after it supervises: it may come before the first stage."""
+        if number != signal.SIGCONT:
+            self.received.append((number, time.monotonic()))
         self._ended_by_slurm |= number == signal.SIGTERM
 
     @property

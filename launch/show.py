@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -195,7 +196,7 @@ def clock(seconds: float) -> str:
 
 def called(run: Run) -> str:
     """What to call a run on the command line: its name, or its folder where it is not among the usual runs."""
-    return run.name if run.folder.parent == usual_runs().absolute() else str(run.folder)
+    return run.name if run.folder.parent == usual_runs().absolute() else shlex.quote(str(run.folder))
 
 
 def usual_runs() -> Path:

@@ -487,7 +487,7 @@ def test_a_killed_supervisor_takes_its_run_with_it(make: Make) -> None:
     launched.communicate()
     until(lambda: not tether.members(mark(run)), seconds=10)
     assert len(run.complete_checkpoints()) == 1
-    assert local.lost(state(run))
+    assert local.seen([(run, state(run))])[0].status == "lost"
     answer = finllm("status", "--runs", str(run.folder.parent))
     assert "lost" in answer.stdout
     assert f"`finllm resume {run.folder}` goes on" in answer.stdout
@@ -503,9 +503,9 @@ def test_another_process_with_the_same_number_is_not_the_run(make: Make) -> None
     run = make(train=QUICK)
     mine = State("running", host=os.uname().nodename, pid=os.getpid(), pid_started=tether.start_ticks(os.getpid()))
     assert local.supervised(mine)
-    assert not local.lost(mine)
+    assert local.seen([(run, mine)])[0].status == "running"
     other = mine.with_(pid_started=mine.pid_started + 1)
-    assert local.lost(other)
+    assert local.seen([(run, other)])[0].status == "lost"
     assert not local.alive(run, other)
 
 
