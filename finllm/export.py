@@ -25,15 +25,17 @@ Form = Literal["merged", "adapter", "gguf"]
 TIES_NATS = {"fp32": 1e-3, "bf16": 0.25}
 """Labels whose log-probabilities the run has closer than this are a tie: rounding may decide either way.
 
-Rounding SmolLM2's merged weights to bf16 moved log-probabilities by up to 0.20 nats (docs/experiments.md, 9).
+Rounding SmolLM2's merged weights to bf16 moved log-probabilities by up to 0.20 nats (docs/decisions/0011).
 """
+MOST_NATS = {"fp32": 0.01, "bf16": 1.0}
+"""A log-probability that differs by more is no rounding, even where no label differs on the few texts of a test part."""
 LEAST = 1e-30
 """Probabilities below it count as it; their logarithms would say more of rounding than of the model."""
 LEFT_BEHIND = ("README.md", "training_args.bin")
 """What PEFT and Transformers write beside weights: a card without content, and a pickle that names this machine."""
 
 
-class LabelsDifferError(RunError):
+class AnswersDifferError(RunError):
     """The exported model does not answer as the run did."""
 
 
@@ -62,7 +64,7 @@ class Exported:
 def export(run: Run, form: Form, to: Path, *, converter: Path | None = None) -> Exported:
     """Write an evaluated run to the new folder `to`, with a model card, after it has answered as the run did.
 
-    Raises RunError where that cannot be done, LabelsDifferError where the labels differ; neither leaves anything at `to`.
+    Raises RunError where that cannot be done, AnswersDifferError where the answers differ; neither leaves anything at `to`.
     """
     plan, card, measured = Plan.of(run), Card.of(run.adapter), _measured(run)
     scores = Scores.of(run)
@@ -77,8 +79,8 @@ def export(run: Run, form: Form, to: Path, *, converter: Path | None = None) -> 
     try:
         loaded = _write(run, plan, card, form, partial, tool)
         check = compare(_answers(loaded, card, measured, plan.batch_tokens), measured, TIES_NATS[plan.dtype])
-        if check.differing:
-            raise LabelsDifferError(_why(run, form, check))
+        if check.differing or check.largest_nats > MOST_NATS[plan.dtype]:
+            raise AnswersDifferError(_why(run, form, check))
         write_text(partial / "README.md", cards.markdown(run, plan, scores, card, form, loaded.tokenizer, said(check)))
         partial.rename(to)
     finally:
@@ -163,8 +165,8 @@ def said(check: Check) -> str:
 
 def _why(run: Run, form: Form, check: Check) -> str:
     return (
-        f"the exported model gives another label on {check.differing} of {check.rows} texts than {run.name} did "
-        f"(ties not counted; log-probabilities differ by up to {check.largest_nats:.2g} nats), so nothing was kept. "
+        f"the exported model does not answer as {run.name} did: another label on {check.differing} of {check.rows} texts "
+        f"(ties not counted), log-probabilities up to {check.largest_nats:.2g} nats apart; nothing was kept. "
         f"Is {run.adapter} still the one that was evaluated? `finllm evaluate {run.folder}` measures it again"
         + ("; if so, llama.cpp's converter does not write this model rightly" if form == "gguf" else "")
     )

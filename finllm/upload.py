@@ -30,15 +30,16 @@ def push(folder: Path, repo: str) -> str:
 
     A repository that does not exist is made, private; one that exists stays as visible as it is.
     """
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+
+    # Of whichever HTTP library this version of the client uses: httpx or httpx2.
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # imported there, not declared
 
     api = HfApi(library_name="finllm")
     try:
         made = api.create_repo(repo, private=True, exist_ok=True)
         api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Upload a model trained by FinLLM")
-    except (HfHubHTTPError, httpx.HTTPError, ValueError, OSError) as error:
+    except (HTTPError, ValueError, OSError) as error:
         first = str(error).strip().split("\n")[0]
         raise RunError(
             f"{repo} could not be uploaded to {endpoint()}: {first}\n"

@@ -34,7 +34,7 @@ def export(
     target = (to or found.folder / "export" / form).absolute()
     try:
         made = exporting.export(found, form, target, converter=converter)
-    except exporting.LabelsDifferError as error:
+    except exporting.AnswersDifferError as error:
         print(f"finllm: {error}", file=sys.stderr)
         return FAILED
     print(made.folder, exporting.said(made.check), sep="\n")
