@@ -5,6 +5,9 @@
 One client, and CLIENTS clients, take turns for SECONDS each; every client asks for one text at a time, over one
 connection that it keeps. All answers are compared with `SentimentPredictor.predict` on the same texts. Writes
 benchmarks/results/serve_NAME.json; the ratio is of medians. Exits with 1 where a request fails or an answer differs.
+
+The model `llama-30x16` is made on the spot: random weights in 30 layers of width 16. Its passes cost more than their
+arithmetic, as those of large models do on a GPU; on a CPU those of large models do not, so that batches gain less.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from datetime import UTC, datetime
@@ -27,6 +31,28 @@ RESULTS = Path(__file__).with_name("results")
 WITHIN = {"cpu": 1e-4, "cuda": 3e-2}
 """Largest difference of a probability; bf16 on a GPU rounds differently in batches of other sizes."""
 COMMAND = "import sys; from launch.cli import main; sys.exit(main())"
+
+
+MADE = "llama-30x16"
+
+
+def make(folder: Path) -> Path:
+    """A folder with that model, and the tokenizer of the embedded one."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from finllm import embedded, models
+
+    models.quiet_libraries()
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(embedded.folder())
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=48, num_hidden_layers=30,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 class Client(threading.Thread):
@@ -141,7 +167,7 @@ def hardware(device: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a run, a folder, or smollm2-135m")
+    parser.add_argument("model", help=f"a run, a folder, smollm2-135m, or {MADE}")
     parser.add_argument("--name", help="in the result's file name; else that of the model")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=10)
@@ -151,8 +177,11 @@ def main() -> int:
     from finllm.data.sample import Sample
 
     texts = [example.text for example in Sample(name="sample").read()]
+    name = options.name or Path(options.model).name
+    if options.model == MADE:
+        options.model = str(make(Path(tempfile.mkdtemp()) / MADE))
     found = {
-        "model": options.name or Path(options.model).name,
+        "model": name,
         "clients": options.clients,
         "hardware": hardware(options.device),
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("finllm", "torch", "uvicorn")}},

@@ -1,7 +1,7 @@
 """Many askers, one model: what waits is read together, by one thread, in batches.
 
-Nothing waits for a batch to fill: the model takes what is there as soon as it is free, so that one asker alone is
-answered at once, and under load the batches grow by themselves.
+One asker alone is answered at once, and under load the batches grow by themselves: what comes while the model works is
+its next batch. Only after a batch of many does the model wait a moment, for the same askers to come back together.
 """
 
 import logging
@@ -16,6 +16,8 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+GATHER_SHARE = 0.1
+"""Of the time that a batch of many took: how long to wait for as many again, at most."""
 PACE_MEMORY = 0.8
 """Weight of the past in the pace that tells when to come back."""
 
@@ -76,6 +78,7 @@ class Batcher:
         self._jobs: deque[Job] = deque()
         self._waiting = 0
         self._seconds_a_text = 0.0
+        self._gather_until, self._gathered = 0.0, 0
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._serve, name="finllm-model", daemon=True)
@@ -124,11 +127,12 @@ class Batcher:
         with self._changed:
             while True:
                 self._forget_withdrawn()
-                if self._jobs:
+                gathering = self._gather_until - time.monotonic()
+                if self._jobs and (gathering <= 0 or self._waiting >= self._gathered or self._closed):
                     return self._take()
                 if self._closed:
                     return []
-                self._changed.wait()
+                self._changed.wait(gathering if self._jobs else None)
 
     def _take(self) -> list[tuple[Job, int, int]]:
         """Pieces of the oldest job and of those like it; a job that is not done goes to the end of the queue.
@@ -170,6 +174,8 @@ class Batcher:
         seconds = time.perf_counter() - began
         before, now = self._seconds_a_text, seconds / len(texts)
         self._seconds_a_text = PACE_MEMORY * before + (1 - PACE_MEMORY) * now if before else now
+        if len(texts) > 1:
+            self._gather_until, self._gathered = time.monotonic() + GATHER_SHARE * seconds, len(texts)
         self._watch(oldest.verb, len(texts), seconds)
         answers = iter(found)
         for job, first, last in pieces:
