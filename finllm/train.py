@@ -4,6 +4,7 @@ Given a run folder, it does what the plan there says. Given a recipe, the first 
 the others follow it, under any Accelerate configuration.
 """
 
+import contextlib
 import os
 import sys
 import traceback
@@ -11,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from finllm import data, library, machine, models
+from finllm import checkpoints, data, library, machine, models
 from finllm.errors import DataError, FinllmError, RecipeError, RunError
 from finllm.exhaustion import cause_of
 from finllm.learnt import counted
@@ -40,6 +41,9 @@ def main(arguments: list[str]) -> int:
         return _failed(run, str(error), "", 1, is_main=is_main)
     except BaseException as error:  # the process boundary: the run folder must say why
         said = f"{type(error).__name__}: {error}"
+        if run is not None and isinstance(error, Exception) and checkpoints.disk_is_full(run):
+            said = f"{run.checkpoints}: the disk is full ({said}); free some, then `finllm resume` goes on from the checkpoint before"
+            return _failed(run, said, "", 1, is_main=is_main)
         _failed(run, said, traceback.format_exc(), 1, is_main=is_main, cause=cause_of(error))
         raise
     if is_main:
@@ -179,7 +183,8 @@ def _note(run: Run | None, why: str, cause: Literal["", "out of memory"]) -> Non
     if run is not None:
         now = Progress.of(run) or Progress("training")
         if not now.cause:
-            replace(now, error=why, outcome="failed", cause=cause).save(run)
+            with contextlib.suppress(OSError):  # a full disk: what is printed must do
+                replace(now, error=why, outcome="failed", cause=cause).save(run)
 
 
 def _say_the_end(run: Run, stopped_by: str | None) -> None:

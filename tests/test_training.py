@@ -1,5 +1,6 @@
 """Training: the right things learn, the order is the machine's business alone, and nothing is lost on the way."""
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from finllm import train as command
+from finllm.checkpoints import fault
 from finllm.example import LABELS, Example
 from finllm.journal import history
 from finllm.prompts import Prompter
@@ -60,7 +62,8 @@ def test_checkpoints_are_complete_and_the_best_is_kept(trained: Run) -> None:
     """Every checkpoint has its marker; the adapter is that of the lowest validation loss."""
     kept = trained.complete_checkpoints()
     assert set(kept) == set(trained.checkpoints.iterdir())
-    assert (kept[-1] / COMPLETE).read_text().strip() == kept[-1].name.removeprefix("checkpoint-")
+    assert "adapter_model.safetensors" in json.loads((kept[-1] / COMPLETE).read_text())
+    assert not any(fault(checkpoint) for checkpoint in kept)
     points = {row.step: row.numbers["validation/loss"] for row in history(trained) if "validation/loss" in row.numbers}
     best = min(points, key=lambda step: points[step])
     saved = load_file(trained.checkpoints / f"checkpoint-{best}" / "adapter_model.safetensors")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from finllm import data, metrics, models, scoring, shared_prefix, tracking
+from finllm import checkpoints, data, metrics, models, scoring, shared_prefix, tracking
 from finllm.data import Parts
 from finllm.errors import RunError
 from finllm.example import LABELS
@@ -89,6 +89,10 @@ def _run(trainer: Any, run: Run, tracker: tracking.Tracker) -> None:
     """All steps that are left, from the newest complete checkpoint."""
     from transformers import PrinterCallback
 
+    if trainer.accelerator.is_main_process:
+        for line in checkpoints.set_faulty_aside(run):
+            print(line, flush=True)
+    trainer.accelerator.wait_for_everyone()
     done = run.complete_checkpoints()
     began = time.monotonic()
     trainer.remove_callback(PrinterCallback)  # the watcher says it better

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from finllm.data.preferences import Preference
+from finllm import checkpoints
 from finllm.errors import RunError
 from finllm.example import Example
 from finllm.progress import Steps
-from finllm.run import COMPLETE, write_text
 from finllm.tracking import Tracker
 from finllm.training.stopping import StopRequests
 
@@ -145,7 +145,7 @@ class Watcher(TrainerCallback):  # type: ignore[misc]  # Transformers ships no t
         """The parts of a checkpoint are written."""
         _barrier()  # every process has written its part
         if self._is_main:
-            write_text(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE, f"{state.global_step}\n")
+            checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def _say(self, state: Any, numbers: dict[str, float]) -> None:
         """A line for the log: each validation, and the training loss every few seconds."""
