@@ -48,7 +48,7 @@ class Grammar:
             known: LLTokenizer = from_tokenizer(tokenizer, n_vocab=max(vocabulary, len(tokenizer)))
         except ValueError as error:
             raise RunError(f"llguidance does not know the model's kind of tokenizer: {error}") from error
-        start = LLMatcher(known, _grammar())
+        start = LLMatcher(known, _grammar(), log_level=0)  # a refusal is an error of ours, with its reason
         self.matchers: dict[Label, LLMatcher] = {}
         for label in LABELS:
             self.matchers[label] = start.deep_copy()
