@@ -8,11 +8,10 @@ al. 2023 (arXiv 2309.17249).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
-from finllm.metrics import CLASSES, Indices, Shares, clusters_of, interval_of
+from finllm.metrics import CLASSES, Indices, Shares, clusters_of, interval_of, sums, weights_of
 
 BINS = 15
 LEAST = 1e-12
@@ -88,7 +87,7 @@ def fit(
     The ECE of few rows is too high on average, and so is its interval: gaps are counted without their sign.
     """
     rows = np.column_stack([nll(probabilities, gold), brier(probabilities, gold), _gaps(probabilities, gold)])
-    drawn = _sums(np.column_stack([rows, np.ones(len(gold))]), groups, draws, seed)
+    drawn = sums(np.column_stack([rows, np.ones(len(gold))]), groups, draws, seed)
     many = drawn[:, -1]
     values = {"nll": float(rows[:, 0].mean()), "brier": float(rows[:, 1].mean()), "ece": ece(probabilities, gold)}
     over = {"nll": drawn[:, 0], "brier": drawn[:, 1], "ece": np.abs(drawn[:, 2:-1]).sum(axis=1)}
@@ -125,7 +124,7 @@ def selective(
     order = np.argsort(-confidence, kind="stable")
     wrong = _shared(1 - right[order], confidence[order])
     clusters = clusters_of(groups)[order]
-    weights = _weights(int(clusters.max()) + 1, draws, seed)[:, clusters]
+    weights = weights_of(int(clusters.max()) + 1, draws, seed)[:, clusters]
     risks = np.cumsum(wrong) / np.arange(1, len(wrong) + 1)
     area, accuracy = _selective_figures(np.ones((1, len(wrong))), wrong)
     areas, accuracies = _selective_figures(weights, wrong)
@@ -168,22 +167,6 @@ def _gaps(probabilities: Shares, gold: Indices) -> Shares:
     confidence, right, number = _confidence(probabilities, gold)
     gaps: Shares = np.eye(BINS)[number] * (confidence - right)[:, None]
     return gaps
-
-
-def _sums(values: Shares, groups: Sequence[str | None], draws: int, seed: int) -> Shares:
-    """Sums (draws, columns) of the rows' values (rows, columns) in each draw of whole clusters."""
-    clusters = clusters_of(groups)
-    count = int(clusters.max()) + 1
-    table = np.zeros((count, values.shape[1]))
-    np.add.at(table, clusters, values)
-    drawn: Shares = _weights(count, draws, seed) @ table
-    return drawn
-
-
-@lru_cache(maxsize=3)
-def _weights(count: int, draws: int, seed: int) -> Shares:
-    """How often each of `count` clusters occurs in each draw."""
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
 
 
 def _normalised(logs: Shares) -> Shares:

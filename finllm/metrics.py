@@ -12,6 +12,7 @@ independent of the number of rows in cost.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,3 +179,19 @@ def interval_of(values: Shares) -> tuple[float, float]:
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def sums(values: Shares, groups: Sequence[str | None], draws: int, seed: int) -> Shares:
+    """Sums (draws, columns) of the rows' values (rows, columns) in each draw of whole clusters."""
+    clusters = clusters_of(groups)
+    count = int(clusters.max()) + 1
+    table = np.zeros((count, values.shape[1]))
+    np.add.at(table, clusters, values)
+    drawn: Shares = weights_of(count, draws, seed) @ table
+    return drawn
+
+
+@lru_cache(maxsize=3)
+def weights_of(count: int, draws: int, seed: int) -> Shares:
+    """How often each of `count` clusters occurs in each draw."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)

@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 from finllm.errors import FinllmError
-from launch import commands, serving, shipped, starting
+from launch import commands, reporting, serving, shipped, starting
+from launch import completion as completing
 from launch import export as exporting
+from launch import schema as describing
 from launch.endings import DONE, INTERRUPTED, WRONG
+from launch.help import Screen, Verbs
 from launch.show import forget_output, usual_runs
 
 DESCRIPTION = "Fine-tune open language models to read the sentiment of financial text."
@@ -32,7 +35,7 @@ runs are in ./runs, in $FINLLM_RUNS, or where --runs says
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 the run failed, 2 the input is wrong, 130 stopped by Ctrl-C."""
-    parser = _parser()
+    parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     chosen = vars(options)
     command: commands.Command | None = chosen.pop("command", None)
@@ -70,13 +73,18 @@ def _place(parser: argparse.ArgumentParser, rest: list[str], chosen: dict[str, o
         parser.error(f"{argument}: not known here{f'; did you mean {near[0]}?' if near else '; see --help'}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="finllm", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )  # fmt: skip
-    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands")
+def build_parser() -> Screen:
+    """Every verb with its options."""
+    parser = Screen(prog="finllm", description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False)
+    verbs = parser.verbs_as(dest="verb", metavar="COMMAND")
+    _add_running(verbs)
+    _add_measuring(verbs)
+    _add_using(verbs)
+    _add_recipes(verbs)
+    return parser
 
+
+def _add_running(verbs: Verbs) -> None:
     launch = _verb(verbs, "launch", starting.launch, "train and evaluate as a recipe says")
     _recipe(launch)
     launch.add_argument("--name", help="of the run; else that of the recipe")
@@ -112,8 +120,18 @@ def _parser() -> argparse.ArgumentParser:
     _cluster(resume)
     _detach(resume)
 
+
+def _add_measuring(verbs: Verbs) -> None:
     _run(_verb(verbs, "evaluate", starting.evaluate, "score a trained run again"))
 
+    report = _verb(verbs, "report", reporting.report, "compare runs, rank a sweep, or write one run's report again")
+    report.add_argument("names", nargs="*", metavar="RUN", help="evaluated runs; they answered the same test texts")
+    report.add_argument("--sweep", metavar="SWEEP", help="rank its cells by validation")
+    report.add_argument("--out", type=Path, metavar="DIR", help="for a comparison; else a folder beside the runs")
+    _runs(report)
+
+
+def _add_using(verbs: Verbs) -> None:
     _texts(_verb(verbs, "predict", commands.predict, "sentiment of texts: arguments, a file, or standard input"))
     explain = _verb(verbs, "explain", commands.explain, "sentiment of texts, and the model's reason for it")
     _texts(explain)
@@ -142,19 +160,22 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_demo_options(demo)
     _runs(demo)
 
+
+def _add_recipes(verbs: Verbs) -> None:
     recipes = _verb(verbs, "recipes", commands.recipes, "recipes and what they are for")
     recipes.add_argument(
         "folder", nargs="?", type=Path, default=shipped.FOLDER, metavar="DIR", help="else the shipped ones"
     )
 
     _recipe(_verb(verbs, "check", commands.check, "all faults of a recipe and its data, or their counts"))
-    _verb(verbs, "schema", commands.schema, "JSON schema of a recipe, for editors")
-    return parser
+    schema = _verb(verbs, "schema", describing.schema, "JSON schema of a recipe, for editors; or its keys for people")
+    schema.add_argument("--markdown", dest="as_markdown", action="store_true", help="the keys in tables, with defaults")
+
+    completion = _verb(verbs, "completion", completing.completion, "script that completes these words in a shell")
+    completion.add_argument("shell", choices=completing.SHELLS)
 
 
-def _verb(
-    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, command: commands.Command, about: str
-) -> argparse.ArgumentParser:
+def _verb(verbs: Verbs, name: str, command: commands.Command, about: str) -> argparse.ArgumentParser:
     verb = verbs.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False)
     verb.set_defaults(command=command)
     return verb

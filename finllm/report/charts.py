@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from finllm.calibration import COVERAGE
 from finllm.example import LABELS
-from finllm.scores import Metrics, PartScores, ReliabilityBin
+from finllm.scores import Interval, Metrics, PartScores, ReliabilityBin
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C", "#7F5AA8")
 MARKS = "osD^vPX*"
@@ -146,7 +146,7 @@ def confusion(part: PartScores, key: str) -> Chart:
 @_styled
 def reliability(part: PartScores) -> Chart:
     """Accuracy of answers of like confidence: on the diagonal, confidence can be believed."""
-    figure, (axes,) = _figure(3.2)
+    figure, (axes,) = _figure(3.6)
     axes.plot([33, 100], [33, 100], color=INK, alpha=0.5, linewidth=1)
     first, *others = part.systems
     shown: list[tuple[str, Sequence[ReliabilityBin]]] = [(first, part.calibration[first].bins)]
@@ -162,21 +162,21 @@ def reliability(part: PartScores) -> Chart:
         xy = [100 * b.confidence for b in bins], [100 * b.accuracy for b in bins]
         axes.scatter(*xy, s=sizes, color=COLOURS[number], alpha=0.35, linewidths=0)
     axes.set(xlabel="confidence, %", ylabel="accuracy, %", xlim=(30, 102), ylim=(-3, 103))
-    axes.legend(loc="upper left")
+    figure.legend(loc="outside upper left", ncols=2)
     return Chart(_name(part, "reliability"), "Reliability: larger discs hold more texts.", figure)
 
 
 @_styled
 def risk_coverage(part: PartScores) -> Chart:
     """Error rate among the most confident answers, for every system."""
-    figure, (axes,) = _figure(3.2)
+    figure, (axes,) = _figure(3.6)
     for number, (key, one) in enumerate(part.calibration.items()):
         look = {**_look(number), "marker": ""}
         axes.plot([100 * c for c in one.coverage], [100 * r for r in one.risk], label=key, **look)
     axes.axvline(100 * COVERAGE, color=INK, alpha=0.4, linewidth=0.8)
     axes.set(xlabel="texts answered, the most confident first, %", ylabel="wrong among them, %", xlim=(0, 100))
     axes.set_ylim(bottom=0)
-    axes.legend(ncols=2)
+    figure.legend(loc="outside upper left", ncols=3)
     caption = "Risk and coverage: what leaving out doubtful answers gains; the line marks 80 %."
     return Chart(_name(part, "risk-coverage"), caption, figure)
 
@@ -184,7 +184,7 @@ def risk_coverage(part: PartScores) -> Chart:
 @_styled
 def bands(part: PartScores) -> Chart:
     """Accuracy where annotators agreed more or less, beside their own agreement."""
-    figure, (axes,) = _figure(3.2)
+    figure, (axes,) = _figure(3.6)
     slices = [s for s in part.slices if s.by == "agreement"]
     keys = list(part.systems)
     for place, one in enumerate(slices):
@@ -199,8 +199,21 @@ def bands(part: PartScores) -> Chart:
     axes.fill_between([], [], [], color=INK, alpha=0.22, lw=0, label="annotators who gave the label")
     axes.set_xticks(range(len(slices)), [f"{s.value} %\nn = {s.rows}" for s in slices])
     axes.set(ylabel="accuracy, %", ylim=(0, 103))
-    axes.legend(ncols=2, loc="lower left")
+    figure.legend(loc="outside upper left", ncols=3)
     return Chart(_name(part, "bands"), "Accuracy by the annotators' agreement, with 95 % intervals.", figure)
+
+
+@_styled
+def ranking(settings: Sequence[tuple[str, Interval]]) -> Chart:
+    """Validation figures of a sweep's settings, the best on top."""
+    figure, (axes,) = _figure(1.0 + 0.28 * len(settings))
+    for place, (_, found) in enumerate(settings):
+        ends = [[max(100 * (found.value - found.low), 0)], [max(100 * (found.high - found.value), 0)]]
+        axes.errorbar([100 * found.value], [place], xerr=ends, **_look(0 if place == 0 else 6))
+    axes.set_yticks(range(len(settings)), [str(place + 1) for place in range(len(settings))])
+    axes.invert_yaxis()
+    axes.set(xlabel="validation macro-F1, %", ylabel="rank")
+    return Chart("ranking", "Validation macro-F1 by rank, with 95 % intervals.", figure)
 
 
 def _whisker(axes: Any, x: float, metrics: Metrics, number: int, *, label: str | None) -> None:
@@ -229,7 +242,7 @@ def _figure(height: float, rows: int = 1) -> tuple[Any, list[Any]]:
 
 
 def _name(part: PartScores, what: str) -> str:
-    return f"{part.dataset}-{part.part}-{what}"
+    return re.sub(r"[^\w.-]+", "-", f"{part.dataset}-{part.part}-{what}")
 
 
 def _words(name: str) -> str:

@@ -43,7 +43,7 @@ def _systems(one: PartScores, scores: Scores) -> Table:
         (f"{key}: {names[key]}", interval(m.accuracy), interval(m.macro_f1), interval(m.weighted_f1), plain(m.mcc))
         for key, m in one.systems.items()
     ]
-    missing = [(f"{m.key}: {m.name}", "not available", "", "", "") for m in scores.missing]
+    missing = [(f"{m.key}: {m.name} (not available)", "", "", "", "") for m in scores.missing]
     return Table(("system", "accuracy", "macro-F1", "weighted F1", "MCC"), [*rows, *missing])
 
 
