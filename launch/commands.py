@@ -12,7 +12,6 @@ from typing import Any
 
 from finllm import embedded
 from finllm.errors import RunError
-from finllm.recipe import Recipe
 from finllm.run import ALIVE, Progress, Run, State, find, write_text
 from launch import BACKENDS, finding, pairs, planning, shipped, tables
 from launch.endings import DONE
@@ -110,21 +109,6 @@ def check(*, recipe: str, overrides: list[str]) -> int:
     tables.show(tables.data_counts(parts))
     print("", *(notes or ("no text, and no near twin of one, stands in two parts",)), sep="\n")
     pairs.show(read, parts)
-    return DONE
-
-
-def schema() -> int:
-    """The JSON schema of a recipe, for editors."""
-    described = Recipe.model_json_schema()
-    needed = described.pop("required")
-    for part in described["$defs"].values():
-        part.pop("required", None)  # it may stand in a file that this one extends
-    described["properties"]["extends"] = {
-        "description": "Files that this one adds to and changes, relative to it.",
-        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
-    }
-    described |= {"if": {"not": {"required": ["extends"]}}, "then": {"required": needed}}
-    print(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **described}, indent=1))
     return DONE
 
 

@@ -51,7 +51,7 @@ def test_the_examples_of_the_help_can_be_parsed() -> None:
     examples = re.findall(r"^  (?:cat \S+ \| )?finllm (.+?)(?:  +.*)?$", cli.EXAMPLES, re.MULTILINE)
     assert len(examples) >= 6
     for example in examples:
-        _, rest = cli._parser().parse_known_args(example.split())
+        _, rest = cli.build_parser().parse_known_args(example.split())
         assert not [argument for argument in rest if argument.startswith("-")], example
 
 

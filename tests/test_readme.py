@@ -37,7 +37,7 @@ def test_every_launch_in_readme_can_be_planned(
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("finllm")])
 def test_every_command_in_readme_parses(line: str) -> None:
     """Verbs and options are those of the command."""
-    parsed, rest = cli._parser().parse_known_args(shlex.split(line, comments=True)[1:])
+    parsed, rest = cli.build_parser().parse_known_args(shlex.split(line, comments=True)[1:])
     assert parsed.verb
     assert all("=" in word for word in rest)
 
