@@ -12,17 +12,16 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from finllm.data.folds import numbers
+from finllm.data import outoffold
 from finllm.data.leaks import Leak, find_leaks
 from finllm.data.parts import Parts
 from finllm.data.spec import AbsolutePath, DatasetSpec
-from finllm.errors import DataError, RunError
-from finllm.example import LABELS, Example, Split
-from finllm.run import read_json
+from finllm.errors import DataError
+from finllm.example import LABELS, Example, Label, Split
 from finllm.yamlfile import Spec
 
 SHOWN = 5
@@ -58,25 +57,24 @@ class PairsSpec(Spec):
 
 
 class Folds(PairsSpec):
-    """Pairs from predictions on training rows by models that had not seen them (`finllm folds`)."""
+    """Pairs from predictions on training rows by models that had not seen them."""
 
     name: Literal["folds"]
-    run: AbsolutePath
-    """What the runs are called without their number: `runs/x` for runs/x-fold1, runs/x-fold2, ..."""
+    sweep: AbsolutePath
+    """The runs of all folds: `finllm launch SFT-RECIPE --name NAME --sweep data.0.fold=1/5,2/5,3/5,4/5,5/5`; runs/NAME."""
     margin: float = Field(default=0.2, ge=0, le=1)
     """A right answer makes a pair too, if the label's probability exceeds the next by less."""
 
     def read(self, parts: Parts, data: Sequence[DatasetSpec]) -> list[Preference]:
         """A pair for each training row that was confused; raises DataError where a row lacks an honest prediction."""
-        shares = _out_of_fold(self.run, data)
-        _refuse_others(self.run, parts, set(shares))
+        found = outoffold.probabilities(self.sweep, parts, data)
         pairs = []
         for row in parts.train:
-            of_label = shares[row.id][LABELS.index(row.label)]
-            next_best, confused = max(
-                (p, label) for label, p in zip(LABELS, shares[row.id], strict=True) if label != row.label
-            )
-            if of_label - next_best < self.margin and self.wants(row.agreement):
+            if row.id not in found or not self.wants(row.agreement):
+                continue
+            shares: dict[Label, float] = dict(zip(LABELS, found[row.id], strict=True))
+            confused = max((label for label in LABELS if label != row.label), key=shares.__getitem__)
+            if shares[row.label] - shares[confused] < self.margin:
                 pairs.append(Preference(row.id, "folds", row.text, row.target, row.label, confused, row.agreement))
         return pairs
 
@@ -151,67 +149,6 @@ def read(sources: Sequence[Folds | Careless | File], parts: Parts, data: Sequenc
         )
     _refuse_held_out(pairs, parts)
     return list(reversed(once.values()))
-
-
-def _out_of_fold(run: Path, data: Sequence[DatasetSpec]) -> dict[str, tuple[float, float, float]]:
-    """The probabilities of each row, by the model whose fold it was."""
-    from finllm import predictions
-
-    folders = sorted(run.parent.glob(f"{run.name}-fold*"))
-    done = {number: folder for folder in folders if (number := _fold_of(folder, data))}
-    counts = {count for _, count in done}
-    count = max(counts, default=0)
-    missing = [number for number in range(1, count + 1) if (number, count) not in done]
-    if len(counts) != 1 or missing:
-        found = ", ".join(folder.name for folder in folders) or "nothing"
-        raise DataError(
-            f"{run}-fold*: a prediction of every training row needs the runs of all folds; found {found}"
-            f"{f', without fold {missing[0]} of {count}' if missing else ''}. `finllm folds RECIPE --name {run.name}` "
-            "makes them"
-        )
-    shares: dict[str, tuple[float, float, float]] = {}
-    for folder in done.values():
-        for path in sorted((folder / "predictions").glob("*.test.tuned.jsonl")):
-            shares |= {row.id: row.probabilities for row in predictions.read(path)}
-    return shares
-
-
-def _fold_of(folder: Path, data: Sequence[DatasetSpec]) -> tuple[int, int] | None:
-    """Which fold a run held out; None where it has not been evaluated. Refuses a run on other data than `data`."""
-    if not (folder / "scores.json").is_file():
-        return None
-    try:
-        specs = read_json(folder / "plan.json")["recipe"]["data"]
-    except (RunError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}: its plan.json does not say what it trained on; make the fold anew") from error
-    folds = {spec.get("fold") for spec in specs}
-    if len(folds) != 1 or None in folds:
-        raise DataError(f"{folder}: trained on the whole training part, so that it has seen what it would judge")
-    wanted = [_without_fold(spec.model_dump(mode="json")) for spec in data]
-    if [_without_fold(spec) for spec in specs] != wanted:
-        raise DataError(f"{folder}: was made from other data than this recipe's, or another split; make the folds anew")
-    return numbers(str(folds.pop()))
-
-
-def _without_fold(spec: dict[str, Any]) -> dict[str, Any]:
-    """What decides which rows are trained on, with its defaults."""
-    return {key: value for key, value in spec.items() if key not in {"fold", "path"} and value is not None}
-
-
-def _refuse_others(run: Path, parts: Parts, found: set[str]) -> None:
-    """Refuse predictions of held-out rows, and training rows without a prediction."""
-    foreign = sorted(found & {row.id for row in (*parts.validation, *parts.test)})
-    if foreign:
-        raise DataError(
-            f"{run}-fold*: predictions of {len(foreign)} row(s) of the validation or test part, such as {foreign[0]}; "
-            "no pair may come from those. Make the folds anew from this recipe's data"
-        )
-    lacking = [row.id for row in parts.train if row.id not in found]
-    if lacking:
-        raise DataError(
-            f"{run}-fold*: no prediction of {len(lacking)} training row(s), such as {lacking[0]}; make the folds anew "
-            "from this recipe's data"
-        )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Line]]:

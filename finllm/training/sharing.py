@@ -43,7 +43,7 @@ def unsupported(model: Any, rows: Sequence[Row], dtype: str) -> str | None:
     if shared < SHORTEST:
         return f"the prompts have only {shared} tokens in common at their beginning, and {SHORTEST} are needed"
     try:
-        error = difference(model, rows[:2], dtype)
+        error = difference(model, [Row(row.index, row.prompt, row.answer) for row in rows[:2]], dtype)
     except (RunError, TypeError, ValueError) as problem:
         return str(problem)
     if not error <= TOLERANCE[dtype]:
