@@ -32,20 +32,14 @@ def opening(label: Label) -> str:
     return f'{{"sentiment": "{label}", "explanation": "'
 
 
-def closed(label: Label, written: bytes) -> tuple[Answer, bool]:
-    """The answer whose ending was written so far, and whether it had to be cut: behind its last whole character.
-
-    Raises ValueError where `written` does not begin the ending of an answer, which the constraint excludes.
-    """
+def closed(label: Label, written: bytes) -> tuple[str, bool]:
+    """The JSON of an answer whose ending was written so far, and whether it had to be cut: behind its last character."""
     text = written.decode("utf-8", errors="ignore")  # the last character may lack bytes
     for end in (CLOSING, CLOSING[0]):
         if text.endswith(end) and not _is_escaped(text.removesuffix(end)):
-            return _read(label, text.removesuffix(end)), False
-    return _read(label, (text[:-1] if _is_escaped(text) else text).rstrip() + CUT), True
-
-
-def _read(label: Label, words: str) -> Answer:
-    return Answer.model_validate_json(opening(label) + words + CLOSING)
+            return opening(label) + text.removesuffix(end) + CLOSING, False
+    words = (text[:-1] if _is_escaped(text) else text).rstrip()
+    return opening(label) + words + CUT + CLOSING, True
 
 
 def _is_escaped(before: str) -> bool:

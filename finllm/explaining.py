@@ -32,11 +32,17 @@ STRETCH = 16
 class Explained:
     """One answer, and how it ended."""
 
-    answer: Answer
+    json: str
+    """The whole answer."""
     truncated: bool
     """It was cut at the token limit."""
     tokens: int
     """Written behind the opening."""
+
+    @property
+    def answer(self) -> Answer:
+        """The answer, read by its schema."""
+        return Answer.model_validate_json(self.json)
 
 
 class Grammar:
@@ -188,8 +194,8 @@ class Explainer:
                 cache.batch_select_indices(kept)
 
     def _closed(self, label: Label, row: Row) -> Explained:
-        answer, cut = closed(label, self.grammar.tokenizer.decode_bytes(row.written))
-        return Explained(answer, truncated=cut, tokens=len(row.written))
+        text, cut = closed(label, self.grammar.tokenizer.decode_bytes(row.written))
+        return Explained(text, truncated=cut, tokens=len(row.written))
 
 
 def padded(begun: Sequence[list[int]], shared: int, device: torch.device) -> tuple[Tensor, Tensor]:

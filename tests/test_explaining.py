@@ -15,7 +15,7 @@ from finllm import SentimentPredictor, explaining, scoring
 from finllm.answer import CUT, Answer, AnswerTokens, closed, opening
 from finllm.data.sample import Sample
 from finllm.errors import RunError
-from finllm.example import LABELS
+from finllm.example import LABELS, Label
 from finllm.explaining import Explainer, Grammar, greedy
 from finllm.prompts import Prompter
 from finllm.recipe import Prompt
@@ -88,6 +88,11 @@ def sizes(vocabulary: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def read(label: Label, written: bytes) -> tuple[Answer, bool]:
+    text, cut = closed(label, written)
+    return Answer.model_validate_json(text), cut
+
+
 def prompts_of(prompter: Prompter, texts: list[str]) -> list[list[int]]:
     return [prompt.ids for prompt in prompter.render(texts)]
 
@@ -103,7 +108,7 @@ def test_what_is_learnt_fits_the_schema_and_reads_back(tokenizer: Any) -> None:
             ending = tokens.ending(words, 500)
             assert ending[-1] == tokenizer.eos_token_id
             assert grammar.matchers[label].validate_tokens(ending) == len(ending), words
-            assert closed(label, decode(ending[:-1])) == (Answer(sentiment=label, explanation=words), False)
+            assert read(label, decode(ending[:-1])) == (Answer(sentiment=label, explanation=words), False)
             assert tokens.ending(words, 3) == ending[:3]  # cut, and the end is not learnt
 
 
@@ -123,7 +128,7 @@ def test_every_walk_within_the_schema_can_be_closed_at_every_token(tokenizer: An
             preferred = [token for token in allowed if token in tricky]
             taken.append(draw.choice(preferred if preferred and draw.random() < 0.4 else allowed))
             assert matcher.consume_token(taken[-1])
-            answer, cut = closed(label, grammar.tokenizer.decode_bytes(taken))
+            answer, cut = read(label, grammar.tokenizer.decode_bytes(taken))
             assert answer.sentiment == label
             assert answer.explanation.endswith(CUT) or not cut
         ends[cut] += 1
@@ -134,7 +139,7 @@ def test_a_token_that_the_schema_forbids_is_refused() -> None:
     """Bytes that are no answer are no answer, so that the tests above can fail."""
     for wrong in (b'a"b"}', b"a\nb", b' "}', b'"}', b"a\\x"):
         with pytest.raises(ValueError, match="validation error"):
-            closed("neutral", wrong)
+            read("neutral", wrong)
     tokenizer = tokenizer_of(TOKENIZERS[0])
     row = explaining.Row(0, Grammar(tokenizer, len(tokenizer)).matchers["neutral"].deep_copy(), [])
     with pytest.raises(RunError, match="does not fit its schema"):
@@ -155,7 +160,7 @@ def test_any_model_answers_within_the_schema_whatever_it_reads(tokenizer: Any) -
         for one in answers:
             assert one.tokens <= most
             assert one.truncated == one.answer.explanation.endswith(CUT)
-            assert Answer.model_validate_json(one.answer.model_dump_json()) == one.answer
+            assert json.loads(one.json) == {"sentiment": one.answer.sentiment, "explanation": one.answer.explanation}
     assert explainer.explain([], [], max_tokens=4, batch_tokens=16) == []
 
 
@@ -238,7 +243,7 @@ def test_where_the_schema_forbids_nothing_the_words_are_those_of_plain_generatio
         plain = unconstrained(predictor.model, begun(predictor, text), 24, predictor.prompter.end)
         assert plain[-1] == predictor.prompter.end
         ending = explainer.grammar.tokenizer.decode_bytes(plain[:-1])
-        assert closed(answer["sentiment"], ending)[0].explanation == answer["explanation"]
+        assert read(answer["sentiment"], ending)[0].explanation == answer["explanation"]
 
 
 def test_the_batch_changes_no_word(predictor: SentimentPredictor) -> None:
@@ -308,3 +313,23 @@ def test_a_tokenizer_that_llguidance_does_not_know_is_refused(tiny_model: Path) 
     with pytest.raises(RunError, match="kind of tokenizer"):
         Grammar(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>"), 3)
     assert Grammar(AutoTokenizer.from_pretrained(tiny_model), 600).words == 19
+
+
+def test_the_command_prints_a_line_for_each_text(
+    explained: Run, capsys: pytest.CaptureFixture[str], predictor: SentimentPredictor
+) -> None:
+    """Label, confidence, reason, text; as JSON with all that the predictor says; nothing that steers a terminal."""
+    from launch.cli import main
+
+    texts = [UNSEEN[0], HOSTILE["control characters"]]
+    assert main(["explain", str(explained.folder), *texts, "--max-tokens", "24"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.split("\t")[::2] == ["negative", "It says Losses."]
+    assert first.split("\t")[3] == UNSEEN[0]
+    assert all(character.isprintable() or character == "\t" for character in second)
+    assert main(["explain", str(explained.folder), UNSEEN[0], "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said.keys() == {"text", *predictor.explain(UNSEEN[0])}
+    with pytest.raises(SystemExit) as stopped:
+        main(["explain", str(explained.folder), "text", "--max-tokens", "0"])
+    assert stopped.value.code == 2
