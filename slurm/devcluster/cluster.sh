@@ -2,20 +2,22 @@
 NODES=(node1 node2 node3 node4)
 ACCOUNTING=yes
 
-# Sets BASE, NAME and PORT from the environment and --no-accounting.
+# Sets BASE, NAME and PORT from the environment and --no-accounting. A cluster keeps the name it was born with;
+# the port keeps the names of two clusters that are up together apart.
 choose_cluster() {
   local suffix="" offset=0
   if [ "$ACCOUNTING" = no ]; then suffix=-bare offset=100; fi
   BASE=${FINLLM_DEVCLUSTER:-/tmp/finllm-devcluster}$suffix
   PORT=$((${FINLLM_DEVCLUSTER_PORT:-16800} + offset))
-  NAME=$(basename "$BASE" | tr -cd '[:alnum:]_-')
+  NAME=$(cat "$BASE/state/clustername" 2>/dev/null || echo "devcluster-$PORT")
+  [[ $BASE =~ ^/[[:alnum:]._/-]{1,70}$ ]] || cannot "FINLLM_DEVCLUSTER is '$BASE': SLURM wants an absolute path without blanks, and sockets one of at most 70 characters"
   export SLURM_CONF=$BASE/slurm.conf
   MARK="# finllm-devcluster $BASE"
 }
 
-say() { echo "$(basename "$0"): $*"; }
-cannot() { say "$*" >&2; exit 3; }  # there is no cluster to be had here
-failed() { say "$*" >&2; exit 1; }  # there should be one, and is not
+say() { echo "$(basename "$0"): $*" >&2; }
+cannot() { say "$*"; exit 3; }  # there is no cluster to be had here
+failed() { say "$*"; exit 1; }  # there should be one, and is not
 
 # One command at a time per cluster, and one at a time with /etc/hosts and apt.
 lock_cluster() { mkdir -p "$(dirname "$BASE")"; exec 8>"$BASE.lock"; flock 8; }
