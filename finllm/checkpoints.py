@@ -46,7 +46,7 @@ def set_faulty_aside(run: Run) -> list[str]:
 
     One that was never complete is deleted, and a damaged one renamed.
     """
-    said = []
+    said: list[str] = []
     numbered = {int(path.name.rpartition("-")[2]): path for path in run.checkpoints.glob("checkpoint-*")}
     for step in sorted(numbered, reverse=True):
         checkpoint = numbered[step]

@@ -35,24 +35,26 @@ def start(run: Run, *, detach: bool, stages: Sequence[Stage] = STAGES) -> State:
     snapshot.take(run.code)
     run.stop_request.unlink(missing_ok=True)
     splits = elsewhere is not None and "train" in stages and "evaluate" in stages and not run.adapter.is_dir()
-    mine = Job(str(run.folder), ("train",) if splits else tuple(stages), evaluated_elsewhere=splits)
+    last = Submission.of(run)
+    sweep = last.sweep if last else ""
+    mine = Job(str(run.folder), ("train",) if splits else tuple(stages), evaluated_elsewhere=splits, sweep=sweep)
     waiting = (before or State("created")).with_(
         status="waiting", stage=mine.stages[0], backend="slurm", host="", note="", error="", ended=""
     )
     waiting.save(run)
     jobs: list[str] = []
     try:
-        jobs += submission.submit(run.slurm, run.name, [mine], profile if splits or not elsewhere else elsewhere)
+        jobs += submission.submit(run.folder, run.name, [mine], profile if splits or not elsewhere else elsewhere)
         if splits and elsewhere is not None:
             later = Job(str(run.folder), ("evaluate",))
-            jobs += submission.submit(run.slurm, run.name, [later], elsewhere, f"afterok:{jobs[0]}")
+            jobs += submission.submit(run.folder, run.name, [later], elsewhere, f"afterok:{jobs[0]}")
     except BaseException:
         for job in jobs:
             scheduler.cancel(job)
         if before is not None:
             before.save(run)
         raise
-    Submission(jobs[0], "".join(jobs[1:]), str(run.slurm)).save(run)
+    Submission(jobs[0], "".join(jobs[1:]), str(run.slurm), sweep).save(run)
     return waiting
 
 
@@ -60,14 +62,14 @@ def start_sweep(sweep: Sweep) -> None:
     """Put the cells of a sweep into the queue as one job array."""
     runs = sweep.runs
     profile = cluster.of(runs[0])
-    snapshot.take(sweep.folder / runs[0].code.name)
+    home = Run(sweep.folder)
+    snapshot.take(home.code)
     for run in runs:
         State("waiting", backend="slurm").save(run)
     jobs = [Job(str(run.folder), STAGES, sweep=str(sweep.folder)) for run in runs]
-    folder = sweep.folder / runs[0].slurm.name
-    ids = submission.submit(folder, sweep.name, jobs, profile)
+    ids = submission.submit(home.folder, sweep.name, jobs, profile)
     for run, number in zip(runs, ids, strict=True):
-        Submission(number, folder=str(folder)).save(run)
+        Submission(number, folder=str(home.slurm), sweep=str(sweep.folder)).save(run)
 
 
 def seen(items: Sequence[tuple[Run, State]]) -> list[Seen]:

@@ -13,7 +13,7 @@ from finllm.sweeps import Sweep, write_report
 from launch import BACKENDS, cluster, finding, planning, slurm, submission, sweeping, tables
 from launch.cluster import Cluster
 from launch.endings import DONE, FAILED, INTERRUPTED, say_the_end
-from launch.job import Job, with_rank
+from launch.job import with_rank
 from launch.place import STAGES, Stage
 from launch.show import called
 
@@ -136,16 +136,18 @@ def _commands(plan: Plan) -> list[str]:
     """The plan's commands; for several nodes, that of each."""
     if plan.nodes == 1:
         return tables.command_lines(plan)
-    lines = [
-        f"{'train' if rank == 0 else '':8} node {rank}: {shlex.join(with_rank(plan.commands['train'], '$HEAD', '$PORT', rank))}"
-        for rank in range(plan.nodes)
-    ]
+    lines = [f"{'train' if rank == 0 else '':8} node {rank}: {_ranked(plan, rank)}" for rank in range(plan.nodes)]
     return [*lines, f"evaluate node 0: {shlex.join(plan.commands['evaluate'])}"]
 
 
+def _ranked(plan: Plan, rank: int) -> str:
+    """The training command of a node; where the nodes meet is known when the job has them."""
+    text = shlex.join(with_rank(plan.commands["train"], "$HEAD", "$PORT", rank))
+    return text.replace("'$HEAD'", "$HEAD").replace("'$PORT'", "$PORT")
+
+
 def _script(folder: Path, name: str, stage: str, profile: Cluster, dependency: str | None = None) -> list[str]:
-    job = Job(str(folder), STAGES)
-    return [f"sbatch {stage}".rstrip(), submission.script(Run(folder).slurm, name, job, profile, dependency=dependency)]
+    return [f"sbatch {stage}".rstrip(), submission.script(folder, name, profile, dependency=dependency)]
 
 
 def _preview_sweep(sweep: Sweep, overrides: Sequence[str], profile: Cluster | None) -> int:
@@ -156,9 +158,7 @@ def _preview_sweep(sweep: Sweep, overrides: Sequence[str], profile: Cluster | No
         f"and so on: {len(sweep.cells)} cells", *(f"  {c.run}: {' '.join(c.overrides)}" for c in sweep.cells), sep="\n"
     )
     if profile is not None:
-        job = Job(str(sweep.runs[0].folder), STAGES, sweep=str(sweep.folder))
-        folder = sweep.folder / sweep.runs[0].slurm.name
-        print("\nsbatch", submission.script(folder, sweep.name, job, profile, cells=len(sweep.cells)), sep="\n")
+        print("\nsbatch", submission.script(sweep.folder, sweep.name, profile, cells=len(sweep.cells)), sep="\n")
     return DONE
 
 

@@ -1,12 +1,13 @@
 """Handing a run to SLURM through submitit: the text of the batch script, the jobs, and what a refusal means."""
 
+import io
 import os
 import re
 import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from launch.scheduler import clean_environment
 
 KEYS = (
     ("gres|gpu", "gpus_per_node, gpu_type or gpu_request"),
-    ("partition", "partition"),
     ("account", "account (`sacctmgr show associations user=$USER` lists yours)"),
+    ("partition", "partition"),
     ("qos", "qos"),
     ("feature|constraint", "constraint"),
     ("time limit", "time"),
@@ -43,6 +44,8 @@ class Submission:
     """The job that evaluates, where that is another."""
     folder: str = ""
     """Where submitit writes, and SLURM what the start of a job says."""
+    sweep: str = ""
+    """Folder of the sweep of which the run is a cell."""
 
     def save(self, run: Run) -> None:
         """Write it into the run folder."""
@@ -62,18 +65,19 @@ class Submission:
 def submit(folder: Path, name: str, jobs: Sequence[Job], cluster: Cluster, dependency: str | None = None) -> list[str]:
     """Put jobs into the queue, several as one array; returns their ids. Raises RunError in sbatch's own words.
 
-    `folder` takes what submitit writes.
+    `folder` is that of a run or of a sweep: the code stands there, and what submitit writes goes there.
     """
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     if shutil.which("sbatch") is None:
         raise RunError("sbatch is not installed here; run this on a login node of the SLURM cluster")
-    folder.mkdir(parents=True, exist_ok=True)
+    written = Run(folder).slurm
+    written.mkdir(parents=True, exist_ok=True)
     try:
-        with clean_environment(_overruling(cluster)), _environment(cluster):
-            executor = SlurmExecutor(folder, python=shlex.quote(cluster.interpreter))
-            executor.update_parameters(**parameters(cluster, name, jobs[0], dependency))
+        with clean_environment(_overruling(cluster)), _environment(cluster), redirect_stderr(io.StringIO()):
+            executor = SlurmExecutor(written, python=shlex.quote(cluster.interpreter))
+            executor.update_parameters(**parameters(folder, name, cluster, dependency))
             if len(jobs) == 1:
                 return [str(executor.submit(jobs[0]).job_id)]
             with executor.batch():
@@ -83,21 +87,19 @@ def submit(folder: Path, name: str, jobs: Sequence[Job], cluster: Cluster, depen
         raise RunError(_refusal(str(error))) from error
 
 
-def script(
-    folder: Path, name: str, job: Job, cluster: Cluster, *, cells: int = 1, dependency: str | None = None
-) -> str:
+def script(folder: Path, name: str, cluster: Cluster, *, cells: int = 1, dependency: str | None = None) -> str:
     """The batch script that `submit` would hand to sbatch, also where there is no SLURM."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    command = f"{shlex.quote(cluster.interpreter)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-    given = parameters(cluster, name, job, dependency) | ({"map_count": cells} if cells > 1 else {})
-    return str(_make_sbatch_string(command=command, folder=folder, **given))
+    written = Run(folder).slurm
+    command = f"{shlex.quote(cluster.interpreter)} -u -m submitit.core._submit {shlex.quote(str(written))}"
+    given = parameters(folder, name, cluster, dependency) | ({"map_count": cells} if cells > 1 else {})
+    return str(_make_sbatch_string(command=command, folder=written, **given))
 
 
-def parameters(cluster: Cluster, name: str, job: Job, dependency: str | None = None) -> dict[str, Any]:
+def parameters(folder: Path, name: str, cluster: Cluster, dependency: str | None = None) -> dict[str, Any]:
     """What submitit calls the parameters of a job."""
-    code = Path(job.sweep or job.folder) / Run(Path(job.folder)).code.name
-    return cluster.parameters(name=name, setup=_exports(cluster, code), dependency=dependency)
+    return cluster.parameters(name=name, setup=_exports(cluster, Run(folder).code), dependency=dependency)
 
 
 def _exports(cluster: Cluster, code: Path) -> list[str]:

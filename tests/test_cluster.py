@@ -12,7 +12,7 @@ from finllm.errors import RecipeError
 from launch import cluster, submission
 from launch.cli import main
 from launch.cluster import Cluster
-from launch.job import Job, with_rank
+from launch.job import with_rank
 from launch.scheduler import clean_environment
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +85,7 @@ def test_options_reach_the_batch_script(tmp_path: Path) -> None:
         gpu="a100-80gb", gpu_type="a100", cpus=16, memory="64G", time=90, exclusive=True,
         setup=("module load cuda",), sbatch={"reservation": "spring", "mail-type": "END"}, signal_seconds=120,
     )  # fmt: skip
-    text = submission.script(tmp_path, "x", Job(str(tmp_path / "run"), ("train",)), full)
+    text = submission.script(tmp_path, "x", full)
     options = {line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")}
     assert options >= {
         "partition=gpu", "account=research", "qos=high", "constraint='a100&nvlink'", "nodes=2", "gres=gpu:a100:4",
@@ -93,16 +93,16 @@ def test_options_reach_the_batch_script(tmp_path: Path) -> None:
         "signal=USR2@120", "ntasks-per-node=1",
     }  # fmt: skip
     assert text.index("module load cuda") < text.index("export PYTHONPATH") < text.index("\nsrun ")
-    plain = submission.script(tmp_path, "x", Job(str(tmp_path / "run"), ("train",)), Cluster(time=90))
+    plain = submission.script(tmp_path, "x", Cluster(time=90))
     assert not any(word in plain for word in ("--partition", "--account", "--gres", "--mem", "--exclusive", "--qos"))
     other = Cluster(gpus_per_node=4, gpu="a100-80gb", gpu_request="gpus-per-node", time=90)
-    assert "#SBATCH --gpus-per-node=4\n" in submission.script(tmp_path, "x", Job(str(tmp_path), ("train",)), other)
+    assert "#SBATCH --gpus-per-node=4\n" in submission.script(tmp_path, "x", other)
 
 
 def test_the_script_stands_hard_names(tmp_path: Path) -> None:
     """Bash reads the folder as it was meant, with spaces and quotes."""
     folder = tmp_path / 'it\'s a "run" of $HOME'
-    text = submission.script(folder / "slurm", "x", Job(str(folder), ("train",)), Cluster(time=90))
+    text = submission.script(folder, "x", Cluster(time=90))
     echoed = [
         line.replace("srun", "printf '%s\\n' srun", 1) if line.startswith("srun") else line
         for line in text.splitlines()
