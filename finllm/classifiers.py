@@ -1,8 +1,13 @@
 """Sequence classifiers of the hub, such as FinBERT, read through their own `id2label`."""
 
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +22,7 @@ WORDS: dict[str, Label] = {
 }  # fmt: skip
 """What classifiers call the three classes, in lower case."""
 BATCH = 32
+HUB_SECONDS = 5.0
 LONGEST = 512
 """Tokens, where neither model nor tokenizer says."""
 
@@ -58,14 +64,30 @@ def load(name: str, device: str) -> HubClassifier:
     from finllm.models import quiet_libraries
 
     quiet_libraries()
+    local = Path(name).is_dir() or not _hub_answers()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(name).eval().to(device)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        model = AutoModelForSequenceClassification.from_pretrained(name, local_files_only=local).eval().to(device)
     except (OSError, ValueError, ImportError) as error:
         words = str(error).strip().splitlines() or [type(error).__name__]
         raise RunError(f"{name} cannot be loaded: {words[0]}") from error
     known = [n for n in (tokenizer.model_max_length, model.config.max_position_embeddings) if n and n < 1_000_000]
     return HubClassifier(model, tokenizer, columns(name, model.config.id2label), min(known, default=LONGEST))
+
+
+@cache
+def _hub_answers() -> bool:
+    """Whether the hub can be reached at all: its library tries for a minute where there is no network."""
+    from huggingface_hub import constants
+
+    if getproxies():
+        return True
+    place = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((place.hostname, place.port or 443), timeout=HUB_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def columns(name: str, id2label: dict[int, str]) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ from finllm.machine import Machine
 from finllm.plan import Plan, Rows, decide
 from finllm.predictions import Answers
 from finllm.recipe import Recipe
-from finllm.report import Facts
+from finllm.report import Facts, document
 from finllm.scores import Scores
 
 OVERRIDES = ("train.epochs=2", "data=[{name: sample, alias: news}]")
@@ -153,6 +153,12 @@ def test_every_table_is_rectangular(text: str) -> None:
         assert {len(line) for line in table} == {len(table[0])}
     prompt = next(line for line in table_with(text, "setting") if line[0] == "prompt")
     assert prompt[1].endswith(r"Say negative \| neutral \| positive.")
+
+
+def test_texts_are_shown_as_they_are() -> None:
+    """Stars, marks of code and tags in a text are no Markdown."""
+    made = document.markdown([document.Table(("text",), [("<b>5 * 3* `x` | < 4",)])])
+    assert made.splitlines()[2] == r"| \<b>5 \* 3\* \`x\` \| < 4 |"
 
 
 def test_settings_data_and_training_are_told(text: str) -> None:

@@ -124,7 +124,7 @@ def _markdown(block: Block) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    return re.sub(r"([|*`]|<(?=[\w/!]))", r"\\\1", " ".join(text.split()))
 
 
 def page(title: str, blocks: Sequence[Block]) -> str:

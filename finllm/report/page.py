@@ -45,7 +45,7 @@ th:first-child { background: var(--panel); }
   body { padding: .75rem; }
   td:first-child, th:first-child { max-width: 42vw; }
 }
-figure { margin: 1rem 0; }
+figure { margin: 1rem 0; max-width: 38rem; }
 figure svg { display: block; width: 100%; height: auto; color: var(--text); }
 figcaption { color: var(--soft); font-size: .88rem; max-width: 52rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 0 1.5rem; }
