@@ -14,15 +14,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from finllm import tracking
+from finllm import assessment, boards, predictions, report, tracking
 from finllm.errors import RunError
+from finllm.example import LABELS, Example
 from finllm.journal import history
 from finllm.machine import Machine
 from finllm.plan import Plan, decide
+from finllm.predictions import Answers
 from finllm.recipe import Recipe
+from finllm.report import Facts
 from finllm.run import Run, create
+from finllm.sweeps import Cell, Sweep
 
 KEY = "planted0key0" + "7" * 40
 """Long enough to pass for an API key."""
@@ -395,3 +400,42 @@ def test_importing_tracking_does_not_import_wandb() -> None:
     """The launcher reads histories on login nodes, where starting must be quick."""
     code = "import sys, finllm.tracking; sys.exit(int('wandb' in sys.modules or 'torch' in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_tables_and_pictures_are_read_back_from_the_offline_run(run: Run) -> None:
+    """Every cell of the report's tables, and each figure as PNG, stand in W&B's folder and are named by its history."""
+    rows = [Example(f"x:{n}", "x", f"text {n}", LABELS[n % 3], "test", source=("a", "b")[n % 2]) for n in range(60)]
+    shares = np.random.default_rng(0).dirichlet([1, 1, 1], 60)
+    answers = [Answers(key, key, 1.0, predictions.of(rows, shares)) for key in ("tuned", "base")]
+    scores = assessment.score(answers, 100, 0)
+    tables = boards.tables(scores, answers)
+    pictures = {chart.name: chart.png for chart in report.charts_of(scores, Facts())}
+    tracker = tracking.start(run, plan(group="trials"), "evaluate")
+    tracker.tables(tables)
+    tracker.pictures(pictures)
+    tracker.finish()
+    assert [record.run_group for record in started(run)] == ["trials"]
+    kept = {}
+    for path in run.folder.glob("wandb/*run-*/files/media/table/**/*.table.json"):
+        made = json.loads(path.read_text())
+        kept[tuple(made["columns"])] = made["data"]
+    assert set(kept) == {board.columns for board in tables.values()}
+    found = kept[tables["test/x/predictions"].columns]
+    assert len(found) == 60
+    assert found[7][:6] == ["x:7", "text 7", None, "neutral", answers[0].predictions[7].predicted, found[7][5]]
+    assert found[7][6:] == pytest.approx(answers[0].predictions[7].probabilities)
+    system = dict(zip(tables["test/x/systems"].columns, kept[tables["test/x/systems"].columns][0], strict=True))
+    assert system["macro_f1"] == pytest.approx(scores.parts[0].systems["tuned"].macro_f1.value)
+    logged = {name for row in history_rows(run) for name in row}
+    assert {f"tables/{name}" for name in tables} <= {name.split("._type")[0] for name in logged}
+    images = list(run.folder.glob("wandb/*run-*/files/media/images/**/*.png"))
+    assert len(images) == len(pictures) >= 4
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in images)
+
+
+def test_runs_of_a_sweep_are_one_group(tmp_path: Path) -> None:
+    """Named after the sweep, unless the recipe names a group itself."""
+    run = create(tmp_path, "ranks-4")
+    Sweep(tmp_path / "ranks", "demo.yaml", ("lora.rank",), (Cell("ranks-4", ("lora.rank=4",)),)).save()
+    tracking.start(run, plan(), "train").finish()
+    assert [record.run_group for record in started(run)] == ["ranks"]
