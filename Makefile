@@ -33,7 +33,7 @@ check: $(STAMP)
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
-	@$(PY) -m pytest tests -m 'not slow and not gpu'
+	@$(PY) -m pytest tests -m 'not slow and not gpu and not slurm'
 
 format: $(STAMP)
 	@$(PY) -m ruff format .

@@ -1,0 +1,168 @@
+"""Two real SLURM clusters on this machine, one with accounting and one without, for the tests of this folder."""
+
+import fcntl
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SCRIPTS = HERE.parents[1] / "slurm" / "devcluster"
+# A place and ports of their own, so that a cluster somebody works with is left alone.
+PLACE = Path("/tmp/finllm-devcluster-tests")
+PORT = 17000
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster that is up."""
+
+    accounting: bool
+
+    @property
+    def conf(self) -> Path:
+        """What SLURM_CONF must be for SLURM's commands to reach it."""
+        return (PLACE if self.accounting else PLACE.with_name(f"{PLACE.name}-bare")) / "slurm.conf"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment of a command that is to reach it: the one of this process, and SLURM_CONF."""
+        return {**os.environ, "SLURM_CONF": str(self.conf)}
+
+    @property
+    def name(self) -> str:
+        """Its ClusterName, which its jobs find in SLURM_CLUSTER_NAME."""
+        return self.settings(self.conf.read_text())["ClusterName"]
+
+    def script(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """What up, down or node says for this cluster."""
+        option = [] if self.accounting else ["--no-accounting"]
+        environment = {**os.environ, "FINLLM_DEVCLUSTER": str(PLACE), "FINLLM_DEVCLUSTER_PORT": str(PORT)}
+        return subprocess.run(
+            [SCRIPTS / name, *option, *arguments], env=environment, capture_output=True, text=True, check=False
+        )
+
+    def ask(self, *command: str) -> str:
+        """What one of SLURM's commands prints."""
+        return subprocess.run(command, env=self.environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    def sbatch(self, body: str, folder: Path, *options: str) -> int:
+        """The number of a new job; all its attempts write to `folder`/NUMBER.out."""
+        command = ["sbatch", "--parsable", f"--output={folder}/%j.out", "--open-mode=append", *options]
+        done = subprocess.run(
+            command, env=self.environment, check=True, capture_output=True, text=True, input=f"#!/bin/bash\n{body}\n"
+        )
+        return int(done.stdout)
+
+    def show(self, job: int) -> dict[str, str]:
+        """What scontrol knows of a job, also for an hour after its end: JobState, Restarts, NodeList, ..."""
+        return self.settings(self.ask("scontrol", "show", "job", "-o", str(job)).replace(" ", "\n"))
+
+    @staticmethod
+    def settings(text: str) -> dict[str, str]:
+        """The lines KEY=VALUE of a text."""
+        return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+    def wait(self, job: int, state: str, seconds: float = 30, restarts: int = 0) -> dict[str, str]:
+        """What scontrol knows of the job once it is in the state, after so many restarts at least."""
+
+        def there() -> bool:
+            known = self.show(job)
+            return known["JobState"] == state and int(known["Restarts"]) >= restarts
+
+        if not wait_until(there, seconds):
+            pytest.fail(f"job {job} is not {state} with {restarts} restart(s) after {seconds:.0f} s: {self.show(job)}")
+        return self.show(job)
+
+    def processes(self) -> dict[int, str]:
+        """Process id and command line of what this cluster's jobs have started and that lives."""
+        mark = f"SLURM_CLUSTER_NAME={self.name}".encode()
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (entry / "environ").read_bytes().split(b"\0")
+                command = (entry / "cmdline").read_bytes()  # empty for one that is dead and not yet waited for
+            except OSError:  # it has just ended
+                continue
+            if mark in environment and command:
+                found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace")
+        return found
+
+    def clear(self) -> dict[int, str]:
+        """Ends all jobs, and returns the processes that outlive them, which it then kills."""
+        self.ask("scancel", "--quiet", "--user=root")
+        assert wait_until(lambda: not self.ask("squeue", "-h"), 30), self.ask("squeue")
+        if wait_until(lambda: not self.processes(), 3):
+            return {}
+        left = self.processes()
+        for process in left:
+            os.kill(process, 9)
+        return left
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether the condition came true in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+@pytest.fixture(scope="session")
+def clusters() -> Iterator[None]:
+    """One test session at a time has the clusters: another one waits here."""
+    with PLACE.with_suffix(".session").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def started(cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster while it is up; CI must have one, elsewhere a machine that cannot have one skips."""
+    done = cluster.script("up")
+    if done.returncode == 3 and not os.environ.get("CI"):
+        pytest.skip(f"needs a SLURM cluster; {done.stderr.strip()}")
+    if done.returncode:
+        pytest.fail(f"slurm/devcluster/up failed: {done.stderr}")
+    yield cluster
+    done = cluster.script("down")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="session")
+def cluster(clusters: None) -> Iterator[Cluster]:  # noqa: ARG001 -- holds the lock
+    """A cluster with accounting."""
+    yield from started(Cluster(accounting=True))
+
+
+@pytest.fixture(scope="session")
+def bare_cluster(clusters: None) -> Iterator[Cluster]:  # noqa: ARG001 -- holds the lock
+    """A cluster without accounting, where sacct fails."""
+    yield from started(Cluster(accounting=False))
+
+
+@pytest.fixture(autouse=True)
+def on_cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The test's SLURM_CONF is its cluster's, and no job nor process of a job outlives the test."""
+    name = next((name for name in ("bare_cluster", "cluster") if name in request.fixturenames), None)
+    if name is None:
+        yield
+        return
+    cluster: Cluster = request.getfixturevalue(name)
+    monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
+    yield
+    left = cluster.clear()
+    if left:
+        pytest.fail(f"these processes outlived their jobs: {left}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of this folder are marked `slurm`."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker("slurm")

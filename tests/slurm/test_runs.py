@@ -1,0 +1,359 @@
+"""Runs as jobs of a real SLURM: what they leave, and what they survive."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finllm.journal import history
+from finllm.run import Progress, Run, State
+from finllm.sweeps import Sweep
+from launch import tether
+from launch.cli import main
+from launch.submission import Submission
+
+pytestmark = pytest.mark.slow
+Train = Callable[..., Run]
+ROOT = Path(__file__).parents[2]
+ONE = "cpus: 1\nmemory: 2G\ntime: 20\nsignal_seconds: 30\n"
+LIGHT = ("evaluation.base=false", "evaluation.baselines=[]", "evaluation.bootstrap_draws=100")
+LONG = (*LIGHT, "train.epochs=12", "train.global_batch=2", "train.micro_batch=1")
+"""312 steps: longer than it takes to disturb them."""
+
+
+@pytest.fixture(autouse=True)
+def _here(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001 -- is up
+    """Runs stand in a folder with a hard name, and nothing is read from the checkout."""
+    monkeypatch.setenv("FINLLM_RUNS", str(tmp_path / 'my "quick" runs, it\'s'))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(train: Train, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The long run in this process, from beginning to end."""
+    return train(recipe, tmp_path_factory.mktemp("undisturbed"), *LONG)
+
+
+def profile(text: str, name: str = "cluster.yaml") -> Path:
+    Path(name).write_text(text)
+    return Path(name)
+
+
+def launch(recipe: Path, name: str, text: str, *given: str) -> Run:
+    assert main(["launch", str(recipe), "--name", name, "--cluster", str(profile(text)), *given]) == 0
+    return run_called(name)
+
+
+def run_called(name: str) -> Run:
+    return Run((Path(os.environ["FINLLM_RUNS"]) / name).absolute())
+
+
+def until(condition: Callable[[], object], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it has taken too long"
+        time.sleep(0.2)
+
+
+def ended(run: Run) -> State:
+    """The last state of a run, when its jobs have left the queue."""
+    until(lambda: standing(run)["status"] not in ("waiting", "starting", "running", "created"), 150)
+    state = State.of(run)
+    assert state is not None
+    return state
+
+
+def standing(run: Run) -> dict[str, object]:
+    answer = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "status", str(run.folder), "--json"],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    return dict(json.loads(answer.stdout)[0])
+
+
+def job(run: Run) -> str:
+    found = Submission.of(run)
+    assert found is not None
+    return found.job
+
+
+def at_step(run: Run, step: int) -> Callable[[], bool]:
+    def reached() -> bool:
+        now = Progress.of(run)
+        return now is not None and now.stage == "training" and now.done >= step
+
+    return reached
+
+
+def losses(run: Run) -> list[float]:
+    return list({r.step: r.numbers["train/loss"] for r in history(run) if "train/loss" in r.numbers}.values())
+
+
+def same_result(run: Run, other: Run, tolerance: float = 1e-6) -> None:
+    np.testing.assert_allclose(losses(run), losses(other), rtol=0, atol=tolerance)
+    mine, theirs = (load_file(r.adapter / "adapter_model.safetensors") for r in (run, other))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=0, atol=tolerance)
+
+
+def slurm(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_run_on_one_node(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It trains, evaluates and reports; runs the code of its submission; and knows nothing of an enclosing job."""
+    monkeypatch.setenv("SLURM_NTASKS", "7")
+    monkeypatch.setenv("SLURM_CPU_BIND", "nonsense")
+    run = launch(recipe, "one", ONE + "sbatch: {hold: true}\n", *LIGHT)
+    assert f"in the queue as job {job(run)}" in capsys.readouterr().out
+    until(lambda: "JobHeldUser" in str(standing(run)["waits_for"]))
+    assert standing(run)["status"] == "waiting"
+    entry = run.code / "finllm" / "train.py"
+    entry.write_text(entry.read_text().replace("def main(", "print('as it was submitted')\n\n\ndef main(", 1))
+    slurm("scontrol", "release", job(run))
+    state = ended(run)
+    assert (state.status, state.attempt) == ("done", 1)
+    assert run.report.is_file()
+    assert run.scores.is_file()
+    log = run.log.read_text()
+    assert "as it was submitted" in log
+    assert len(losses(run)) == 14
+    assert "#SBATCH --requeue" in next(run.slurm.glob("*_submission.sh")).read_text()
+    assert main(["status"]) == 0
+    assert re.search(rf"one +done .*slurm, job {job(run)}", capsys.readouterr().out)
+    assert main(["logs", "one"]) == 0
+    assert "step 14/14" in capsys.readouterr().out
+    assert main(["resume", "one"]) == 0
+    assert "one is done" in capsys.readouterr().out
+
+
+def test_two_nodes_train_what_one_process_trains(
+    undisturbed: Run, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Queued again in the middle by the administrator; both nodes stop at the same step and go on from it."""
+    run = launch(recipe, "two", ONE + "nodes: 2\n", *LONG)
+    until(at_step(run, 40))
+    slurm("scontrol", "requeue", job(run))
+    until(lambda: (State.of(run) or State("created")).attempt == 2)
+    stopped = int(run.complete_checkpoints()[-1].name.rpartition("-")[2])
+    assert stopped >= 40
+    state = ended(run)
+    assert (state.status, state.attempt) == ("done", 2)
+    steps = [row.step for row in history(run) if "train/loss" in row.numbers]
+    assert steps == list(range(1, 313)), "no step was lost, none taken twice"
+    same_result(run, undisturbed, 1e-4)
+    assert main(["logs", "two"]) == 0
+    said = capsys.readouterr().out
+    assert "node1 | " in said
+    assert said.index("attempt 1") < said.index("SLURM wants the nodes back") < said.index("attempt 2")
+
+
+def test_the_time_limit_is_survived_in_one_wandb_run(train: Train, recipe: Path, tmp_path: Path) -> None:
+    """Saved at the signal, queued again by the job itself, and then as if there had been no limit."""
+    overrides = (*LONG, "train.epochs=40", "tracking.wandb=offline")
+    run = launch(recipe, "timed", "cpus: 1\nmemory: 2G\ntime: 1\nsignal_seconds: 20\n", *overrides)
+    state = ended(run)
+    assert state.status == "done"
+    assert state.attempt > 1
+    assert "the time limit is near; queued again (1 of at most 20)" in run.log.read_text()
+    steps = [row.step for row in history(run) if "train/loss" in row.numbers]
+    assert steps == list(range(1, 1041))
+    ids = {path.name.rpartition("-")[2] for path in (run.folder / "wandb").glob("offline-run-*")}
+    assert len(ids) == 1
+    same_result(run, train(recipe, tmp_path / "whole", *LONG, "train.epochs=40"))
+
+
+def test_preemption_is_survived(undisturbed: Run, recipe: Path) -> None:
+    """A job of a better partition takes all nodes; the run waits, and goes on when they are free."""
+    run = launch(recipe, "preempted", ONE + "partition: debug\n", *LONG)
+    until(at_step(run, 30))
+    slurm("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+    until(lambda: standing(run)["status"] == "waiting")
+    state = ended(run)
+    assert (state.status, state.attempt) == ("done", 2)
+    assert "SLURM wants the nodes back" in run.log.read_text()
+    same_result(run, undisturbed)
+
+
+def test_preemption_with_a_warning_is_survived(undisturbed: Run, recipe: Path) -> None:
+    """The partition gives time after the signal: the job queues itself again, once."""
+    run = launch(recipe, "warned", ONE + "partition: graced\n", *LONG)
+    until(at_step(run, 30))
+    slurm("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
+    until(lambda: (State.of(run) or State("created")).status == "waiting")
+    state = ended(run)
+    assert (state.status, state.attempt) == ("done", 2)
+    same_result(run, undisturbed)
+
+
+@pytest.mark.parametrize("how", ["power-off", "kill"])
+def test_a_dead_node_is_survived(undisturbed: Run, recipe: Path, cluster: Any, how: str) -> None:
+    """SLURM starts the job on another node; what lived on at the old one finds that out, and ends."""
+    run = launch(recipe, "orphan", ONE, *LONG)
+    until(at_step(run, 30))
+    first = str(standing(run)["where"]).rpartition(" ")[2]
+    assert cluster.script("node", how, first).returncode == 0
+    try:
+        until(lambda: (State.of(run) or State("created")).attempt == 2, 120)
+        assert str(standing(run)["where"]).rpartition(" ")[2] != first
+        state = ended(run)
+    finally:
+        cluster.script("node", "start", first)
+    assert (state.status, state.attempt) == ("done", 2)
+    same_result(run, undisturbed)
+    until(lambda: not tether.members(f"{run.folder}@{job(run)}.0.0"), 30)
+
+
+def test_a_run_that_fails_is_not_queued_again(
+    recipe: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its traceback comes first, and what waited for it is taken out of the queue."""
+    model = shutil.copytree(tiny_model, Path("model").absolute())
+    second = ("--evaluate-on", str(profile(ONE, "second.yaml")))
+    run = launch(recipe, "failing", ONE + "sbatch: {hold: true}\n", *LIGHT, f"model.name={model}", *second)
+    found = Submission.of(run)
+    assert found is not None
+    (model / "model.safetensors").write_bytes(b"not weights")
+    slurm("scontrol", "release", found.job)
+    state = ended(run)
+    assert (state.status, state.attempt) == ("failed", 1)
+    capsys.readouterr()
+    assert main(["status", "failing"]) == 0
+    assert f"failing failed: {state.error}" in capsys.readouterr().out
+    assert main(["logs", "failing"]) == 0
+    assert capsys.readouterr().out.startswith("Traceback")
+    until(lambda: "CANCELLED" in slurm("scontrol", "show", "job", found.evaluation), 30)
+    assert "Restarts=0" in slurm("scontrol", "show", "job", found.job)
+
+
+def test_a_second_job_evaluates(recipe: Path) -> None:
+    """On another profile, when the first has trained."""
+    profile("cpus: 1\nmemory: 2G\npartition: short\ntime: 4\nsignal_seconds: 30\n", "second.yaml")
+    run = launch(recipe, "apart", ONE, *LIGHT, "--evaluate-on", "second.yaml")
+    found = Submission.of(run)
+    assert found is not None
+    state = ended(run)
+    assert state.status == "done"
+    assert run.report.is_file()
+    shown = slurm("scontrol", "show", "job", found.evaluation)
+    assert "Partition=short" in shown
+    assert "JobState=COMPLETED" in shown
+
+
+def test_cancelling_ends_it_for_good(recipe: Path) -> None:
+    """While it runs, and while it waits; a checkpoint is kept, and resume goes on from it."""
+    run = launch(recipe, "cancelled", ONE, *LONG)
+    until(at_step(run, 10))
+    assert main(["cancel", "cancelled"]) == 0
+    state = State.of(run)
+    assert state is not None
+    assert state.status == "cancelled"
+    assert not slurm("squeue", "--noheader")
+    assert run.complete_checkpoints()
+    assert not tether.members(f"{run.folder}@{job(run)}.0.0")
+    profile(ONE + "sbatch: {hold: true}\n", "longer.yaml")
+    assert main(["resume", "cancelled", "--cluster", "longer.yaml"]) == 0
+    assert standing(run)["status"] == "waiting"
+    assert main(["cancel", "cancelled"]) == 0
+    assert standing(run)["status"] == "cancelled"
+    assert not slurm("squeue", "--noheader")
+
+
+def test_scancel_is_no_reason_to_come_back(recipe: Path) -> None:
+    """Whoever ends the job in SLURM's own way gets a stopped run with a checkpoint, not a new job."""
+    run = launch(recipe, "ended", ONE, *LONG)
+    until(at_step(run, 10))
+    slurm("scancel", job(run))
+    state = ended(run)
+    assert state.status == "stopped"
+    assert run.complete_checkpoints()
+    assert not slurm("squeue", "--noheader")
+
+
+def test_a_job_that_comes_back_too_often_stays_away(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The profile's limit of one."""
+    run = launch(recipe, "looping", ONE + "requeues: 0\n", *LONG)
+    until(at_step(run, 5))
+    slurm("scontrol", "requeue", job(run))
+    state = ended(run)
+    assert state.status == "stopped"
+    assert "`requeues` is 0" in state.note
+    assert main(["status", "looping"]) == 0
+    assert "`finllm resume looping` goes on" in capsys.readouterr().out
+
+
+def test_a_sweep_is_one_array_with_one_report(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run folder for each cell, not more at once than the profile says, and a comparison at the end."""
+    keys = ("--sweep", "train.learning_rate=1e-2,1e-3", "--sweep", "lora.rank=2,4")
+    text = ONE + "parallel: 2\n"
+    assert main(["launch", str(recipe), "--name", "grid", "--cluster", str(profile(text)), *keys, *LIGHT]) == 0
+    sweep = Sweep.of(run_called("grid").folder)
+    assert len(sweep.runs) == 4
+    most = 0
+    while len(slurm("squeue", "--noheader", "--array")):
+        most = max(most, len(slurm("squeue", "--noheader", "--array", "--states=RUNNING").splitlines()))
+        time.sleep(0.3)
+    assert most == 2
+    assert [ended(run).status for run in sweep.runs] == ["done"] * 4
+    assert {job(run).partition("_")[0] for run in sweep.runs} == {job(sweep.runs[0]).partition("_")[0]}
+    report = (sweep.folder / "report.md").read_text()
+    assert all(run.name in report for run in sweep.runs)
+    assert main(["status", "grid"]) == 0
+    assert capsys.readouterr().out.count("done") >= 4
+
+
+REFUSED = {
+    "partition: nowhere": "change partition",
+    "account: nobody": "change account",
+    "qos: best": "change qos",
+    "gpus_per_node: 7\ngpu: a100-80gb": "change gpus_per_node",
+    "partition: short": "change time",
+    "constraint: quantum": "change constraint",
+    "nodes: 99": "change nodes",
+    "sbatch: {nonsense: 3}": "change sbatch",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_a_refused_profile_is_answered_in_slurms_words(
+    recipe: Path, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And with the key to change; nothing is left behind."""
+    given = ["launch", str(recipe), "--name", "refused", "--cluster", str(profile(ONE + line + "\n")), *LIGHT]
+    if "nodes" in line:
+        given.append("train.global_batch=99")
+    assert main(given) == 2
+    said = capsys.readouterr().err
+    assert "SLURM refused the job" in said
+    assert "error: " in said
+    assert REFUSED[line] in said
+    assert not list(Path(os.environ["FINLLM_RUNS"]).iterdir())
+    assert not slurm("squeue", "--noheader")
+
+
+def test_a_cluster_without_accounting_does_as_well(recipe: Path, bare_cluster: Any) -> None:  # noqa: ARG001
+    """Sacct fails there; squeue and scontrol know enough."""
+    assert subprocess.run(["sacct"], capture_output=True, check=False).returncode
+    run = launch(recipe, "bare", ONE, *LIGHT)
+    assert ended(run).status == "done"
+    assert run.report.is_file()
+
+
+def test_a_job_that_dies_before_it_begins_is_lost_and_says_why(recipe: Path) -> None:
+    """Here the interpreter of the profile is not on the node."""
+    run = launch(recipe, "unborn", ONE + "python: /no/such/python\n", *LIGHT)
+    until(lambda: standing(run)["status"] == "lost")
+    assert "FAILED" in str(standing(run)["error"])
+    assert "/no/such/python" in str(standing(run)["error"])
