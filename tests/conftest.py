@@ -23,6 +23,7 @@ lora: {{rank: 4, alpha: 8}}
 train: {{method: sft, epochs: 2, global_batch: 8, micro_batch: 4, learning_rate: 1e-2, shared_prefix: "off"}}
 tracking: {{wandb: disabled}}
 """
+BERT_WORDS = ["profit", "fell", "rose", "was", "flat", "the", "a", "of", "net", "sales"]
 WORDS = {"negative": "Losses", "neutral": "Meetings", "positive": "Profits"}
 
 
@@ -70,6 +71,25 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tie_word_embeddings=False,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small BERT of random weights, which calls its outputs positive, negative, neutral, as FinBERT does."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("finbert")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *BERT_WORDS]))
+    BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), model_max_length=24).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=15, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64, id2label={0: "positive", 1: "negative", 2: "neutral"},
+        label2id={"positive": 0, "negative": 1, "neutral": 2}, initializer_range=0.6,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(folder)
     return folder
 
 

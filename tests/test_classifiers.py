@@ -12,36 +12,17 @@ from finllm.example import LABELS, Example
 WORDS = ["profit", "fell", "rose", "was", "flat", "the", "a", "of", "net", "sales"]
 
 
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small BERT of random weights, which calls its outputs positive, negative, neutral, as FinBERT does."""
-    import torch
-    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("finbert")
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), model_max_length=24).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=15, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64, id2label={0: "positive", 1: "negative", 2: "neutral"},
-        label2id={"positive": 0, "negative": 1, "neutral": 2}, initializer_range=0.6,
-    )  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
-
-
 def examples(count: int) -> list[Example]:
     draw = np.random.default_rng(0)
     texts = [" ".join(draw.choice(WORDS, size=1 + n % 9)) for n in range(count)]
     return [Example(f"x:{n}", "x", text, LABELS[n % 3], "test") for n, text in enumerate(texts)]
 
 
-def test_outputs_are_put_in_our_order_by_their_names(bert: Path) -> None:
+def test_outputs_are_put_in_our_order_by_their_names(tiny_bert: Path) -> None:
     """Each row is the model's own softmax of that text alone, its columns permuted by id2label."""
     import torch
 
-    one = classifiers.load(str(bert), "cpu")
+    one = classifiers.load(str(tiny_bert), "cpu")
     rows, cut = one.probabilities(examples(70))
     assert one.columns == (1, 2, 0)
     for example, row in list(zip(examples(70), rows, strict=True))[::9]:
@@ -52,9 +33,9 @@ def test_outputs_are_put_in_our_order_by_their_names(bert: Path) -> None:
     assert not any(cut)
 
 
-def test_a_text_that_is_too_long_is_cut_and_counted(bert: Path) -> None:
+def test_a_text_that_is_too_long_is_cut_and_counted(tiny_bert: Path) -> None:
     """At what tokenizer and model allow, the smaller of both."""
-    one = classifiers.load(str(bert), "cpu")
+    one = classifiers.load(str(tiny_bert), "cpu")
     long = Example("x:0", "x", "profit rose " * 50, "positive", "test")
     assert one.max_tokens == 24
     assert one.probabilities([long, *examples(3)])[1] == [True, False, False, False]

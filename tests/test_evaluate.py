@@ -17,15 +17,23 @@ from finllm.scores import Scores
 
 
 @pytest.fixture(scope="module")
-def evaluated(train: Callable[..., Run], recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = train(recipe, tmp_path_factory.mktemp("runs"), "train.epochs=1", "evaluation.parts=[validation, test]")
+def evaluated(
+    train: Callable[..., Run], recipe: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    run = train(
+        recipe,
+        tmp_path_factory.mktemp("runs"),
+        "train.epochs=1",
+        "evaluation.parts=[validation, test]",
+        f"evaluation.classifiers=[{tiny_bert}, {tiny_bert.parent}/nothing]",
+    )
     assert evaluate.main([str(run.folder)]) == 0
     return run
 
 
-def test_every_system_answers_every_row_once(evaluated: Run) -> None:
+def test_every_system_answers_every_row_once(evaluated: Run, tiny_bert: Path) -> None:
     """Tuned, base and baselines on both parts, each row with three probabilities that sum to 1."""
-    systems = ["tuned", "base", "base-calibrated", "majority", "tfidf"]
+    systems = ["tuned", "base", "base-calibrated", "majority", "tfidf", tiny_bert.name]
     assert [system.key for system in Scores.of(evaluated).systems] == systems
     for part in ("validation", "test"):
         for key in systems:
@@ -80,6 +88,29 @@ def test_the_report_says_what_was_done(evaluated: Run) -> None:
     progress = Progress.of(evaluated)
     assert progress is not None
     assert progress.outcome == "done"
+
+
+def test_what_cannot_be_had_is_told_and_the_rest_is_scored(evaluated: Run) -> None:
+    """A classifier that is not there leaves a line in scores and report; every system has its speed and latency."""
+    scores = Scores.of(evaluated)
+    assert [(one.key, "cannot be loaded" in one.why) for one in scores.missing] == [("nothing", True)]
+    assert "(not available)" in evaluated.report.read_text()
+    assert "nothing" in evaluated.report.with_suffix(".html").read_text()
+    for system in scores.systems:
+        assert system.latency_ms is not None, system.key
+        assert system.texts_per_second > 0
+
+
+def test_the_checks_of_a_sound_run_hold(evaluated: Run, tiny_bert: Path) -> None:
+    """Each ran, and says what it looked at; the small BERT, which reads 24 tokens, is told of."""
+    checks = {check.name: check for check in Scores.of(evaluated).checks}
+    assert len(checks) == 7
+    cut = checks["texts are read whole"]
+    assert [check for check in checks.values() if not check.passed] == [cut]
+    assert f"of 12 texts: {tiny_bert.name} " in cut.found
+    assert "12 texts one at a time" in checks["a text's figures do not depend on its batch"].found
+    assert "12 texts: at most" in checks["with the adapter off, the tuned model is its base"].found
+    assert "32 training texts" in checks["prompts of training and evaluation are the same bytes"].found
 
 
 def test_figures_reach_tracking(evaluated: Run) -> None:
