@@ -4,7 +4,7 @@
     python benchmarks/explain.py --model runs/NAME --texts 1000   # any run, adapter or model; on a GPU, 1,000 by itself
 
 Texts are PhraseBank's validation part (and its training part, where that is too small); none of the test part. All
-systems take turns in one process at the same token limit, the first turn uncounted:
+systems take turns in one process at the same token limit, the first turn uncounted; on a CPU their processor time counts:
 
     ours            finllm's explain behind the labels: prefix once, batched, constrained, rows that are done taken out
     generate        Transformers' generate on the same prompts, left-padded, in the same batches, no constraint
@@ -17,12 +17,15 @@ benchmarks/results/explain_DEVICE.json.
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ from finllm.models import quiet_libraries
 
 HERE = Path(__file__).parent
 MOST_OVERHEAD = 0.15
+PACKAGES = ("torch", "transformers", "peft", "llguidance")
 
 
 def texts_of(count: int) -> list[str]:
@@ -56,12 +60,12 @@ class Timed:
     @contextmanager
     def calls(self, owner: Any) -> Iterator[None]:
         """While open, calls of the class's instances are counted."""
-        plain = owner.__call__
+        plain, clock = owner.__call__, time.perf_counter if torch.cuda.is_available() else time.process_time
 
         def counted(*given: Any, **named: Any) -> Any:
-            began = time.perf_counter()
+            began = clock()
             answer = plain(*given, **named)
-            self.seconds += time.perf_counter() - began
+            self.seconds += clock() - began
             return answer
 
         owner.__call__ = counted
@@ -112,14 +116,16 @@ class Bench:
 
 
 def clocked(work: Callable[[], int]) -> tuple[float, int]:
-    """Seconds, with the GPU waited for, and tokens."""
-    if torch.cuda.is_available():
+    """Seconds and tokens: of the processor on a CPU, which others may use too; by the wall on a GPU, waited for."""
+    on_gpu = torch.cuda.is_available()
+    clock = time.perf_counter if on_gpu else time.process_time
+    if on_gpu:
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    began = clock()
     tokens = work()
-    if torch.cuda.is_available():
+    if on_gpu:
         torch.cuda.synchronize()
-    return time.perf_counter() - began, tokens
+    return clock() - began, tokens
 
 
 def speeds(bench: Bench, alone: Bench, repetitions: int) -> list[dict[str, Any]]:
@@ -231,19 +237,25 @@ def main() -> None:
     short = texts[:: max(1, len(texts) // alone)][:alone]  # of the same mixture of lengths
     bench = Bench(predictor, texts[:count], asked.max_tokens, batch)
     result["speed"] = speeds(bench, Bench(predictor, short, asked.max_tokens, 1), asked.repetitions)
-    result["conditions"] = conditions.conditions(asked.note) | {
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-    }
+    result["conditions"] = conditions.conditions(asked.note) if on_gpu else on_cpu(asked.note)
     path = HERE / "results" / f"explain_{'h200' if on_gpu else 'cpu'}.json"
     conditions.write(path, [result])
     print(json.dumps(result, indent=1))
 
 
-def processor() -> str:
+def on_cpu(note: str) -> dict[str, Any]:
+    """Hardware, versions and date of a measurement without a GPU."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "hardware": f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "clock": "processor",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "date": datetime.now(UTC).date().isoformat(),
+        "note": note,
+    }
 
 
 if __name__ == "__main__":

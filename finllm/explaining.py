@@ -7,7 +7,7 @@ out. What all prompts begin with is computed once.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -83,9 +83,8 @@ def _grammar() -> str:
 class Row:
     """One answer while it is written."""
 
-    index: int
     matcher: LLMatcher
-    written: list[int]
+    written: list[int] = field(default_factory=list)
     done: bool = False
 
     def take(self, token: int) -> None:
@@ -150,7 +149,7 @@ class Explainer:
             [*prompt, *self._prompter.answers[label], *self._openings[label]]
             for prompt, label in zip(prompts, labels, strict=True)
         ]
-        rows = [Row(index, self.grammar.matchers[label].deep_copy(), []) for index, label in enumerate(labels)]
+        rows = [Row(self.grammar.matchers[label].deep_copy()) for label in labels]
         sees_all = scoring.sees_all(self._model, max(map(len, begun)) + max_tokens)
         shared = shared_length(begun) if sees_all else 0
         with torch.inference_mode(), scoring.autocast(self._base):

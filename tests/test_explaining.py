@@ -141,7 +141,7 @@ def test_a_token_that_the_schema_forbids_is_refused() -> None:
         with pytest.raises(ValueError, match="validation error"):
             read("neutral", wrong)
     tokenizer = tokenizer_of(TOKENIZERS[0])
-    row = explaining.Row(0, Grammar(tokenizer, len(tokenizer)).matchers["neutral"].deep_copy(), [])
+    row = explaining.Row(Grammar(tokenizer, len(tokenizer)).matchers["neutral"].deep_copy())
     with pytest.raises(RunError, match="does not fit its schema"):
         row.take(tokenizer.eos_token_id)
 
