@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import subprocess
 import time
 from datetime import UTC, datetime
@@ -51,7 +52,8 @@ def make_weights(folder: Path, tokenizer: Path | None) -> None:
 def conditions(note: str = "") -> dict[str, Any]:
     """Hardware, versions and date of a measurement."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader"]
-    gpu = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    has_gpu = shutil.which(query[0]) is not None
+    gpu = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() if has_gpu else "no GPU"
     packages = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
     versions = {"python": platform.python_version()}
     for package in packages:
