@@ -159,8 +159,11 @@ class Dpo(Training):
     """One source of pairs or several; there is no default."""
     init: AbsolutePath | None = None
     """The SFT run whose adapter is trained on, and is the reference; null: a new adapter, and the base model."""
-    loss: Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero"] = "sigmoid"
-    """sigmoid is DPO's own, with label smoothing cDPO's; the others are as TRL has them under these names."""
+    loss: Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero", "sft"] = "sigmoid"
+    """sigmoid is DPO's own, with label smoothing cDPO's; the others are as TRL has them under these names.
+
+    sft is cross-entropy of the chosen answers alone: what DPO must beat on the same rows in the same steps.
+    """
     beta: float = Field(default=0.1, gt=0)
     """How dear it is to leave the reference; higher stays nearer. For ipo, its tau."""
     sft_weight: float = Field(default=0.0, ge=0)
@@ -174,6 +177,8 @@ class Dpo(Training):
     def _smooths(self) -> "Dpo":
         if self.loss not in SMOOTHED and (self.label_smoothing or any(self.band_smoothing.values())):
             raise ValueError(f"loss {self.loss} has no label smoothing; write 0, or one of {', '.join(SMOOTHED)}")
+        if self.loss == "sft" and self.sft_weight:
+            raise ValueError("loss is sft already, so sft_weight must be 0")
         return self
 
 

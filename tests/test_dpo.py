@@ -50,6 +50,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "hinge": {"loss_type": ["hinge"]},
     "ipo": {"loss_type": ["ipo"]},
     "apo_zero": {"loss_type": ["apo_zero"]},
+    "sft": {"loss_type": ["sft"]},
 }
 
 

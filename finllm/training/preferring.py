@@ -17,7 +17,7 @@ MEASURED = (
 class Loss:
     """Which loss, in TRL's words."""
 
-    kind: Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero"] = "sigmoid"
+    kind: Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero", "sft"] = "sigmoid"
     beta: float = 0.1
     sft_weight: float = 0.0
     """Of the cross-entropy of the chosen answers, a mean over their tokens."""
@@ -40,10 +40,12 @@ def judge(spec: Loss, log_p: Tensor, figures: Tensor, learnt: tuple[int, int]) -
     reference, tokens, smoothing, live = figures[:2], figures[2:4], figures[4], figures[5]
     sequences = log_p.view(2, -1)  # (chosen and rejected, pairs)
     chosen, rejected = ratios = sequences - reference
-    losses = _losses(spec, ratios, tokens, smoothing)
-    loss = (losses * live).sum() / learnt[0]
-    if spec.sft_weight:
-        loss = loss - spec.sft_weight * (sequences[0] * live).sum() / learnt[1]
+    sft = -(sequences[0] * live).sum() / learnt[1]
+    if spec.kind == "sft":
+        loss = sft
+    else:
+        loss = (_losses(spec, ratios, tokens, smoothing) * live).sum() / learnt[0]
+        loss = loss + spec.sft_weight * sft if spec.sft_weight else loss
     with torch.no_grad():
         rewards = spec.beta * ratios
         told = [rewards[0], rewards[1], (chosen > rejected).to(log_p.dtype), rewards[0] - rewards[1], *sequences]
