@@ -12,9 +12,9 @@ import pytest
 
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parents[1] / "slurm" / "devcluster"
-# A place and ports of their own, so that a cluster somebody works with is left alone.
-PLACE = Path("/tmp/finllm-devcluster-tests")
-PORT = 17000
+# A place and ports beside those of the cluster that somebody works with, which is left alone.
+PLACE = Path(os.environ.get("FINLLM_DEVCLUSTER", "/tmp/finllm-devcluster") + "-tests")
+PORT = int(os.environ.get("FINLLM_DEVCLUSTER_PORT", "16800")) + 200
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,10 @@ class Cluster:
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 environment = (entry / "environ").read_bytes().split(b"\0")
-                command = (entry / "cmdline").read_bytes()  # empty for one that is dead and not yet waited for
             except OSError:  # it has just ended
                 continue
-            if mark in environment and command:
-                found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace")
+            if mark in environment and (command := command_of(int(entry.name))):
+                found[int(entry.name)] = command
         return found
 
     def clear(self) -> dict[int, str]:
@@ -102,6 +101,14 @@ class Cluster:
         for process in left:
             os.kill(process, 9)
         return left
+
+
+def command_of(process: int) -> str:
+    """The process's command line; empty for one that has ended, even if nobody has waited for it."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
@@ -124,6 +131,7 @@ def clusters() -> Iterator[None]:
 
 def started(cluster: Cluster) -> Iterator[Cluster]:
     """The cluster while it is up; CI must have one, elsewhere a machine that cannot have one skips."""
+    cluster.script("down")  # what a session that was killed has left
     done = cluster.script("up")
     if done.returncode == 3 and not os.environ.get("CI"):
         pytest.skip(f"needs a SLURM cluster; {done.stderr.strip()}")

@@ -1,13 +1,14 @@
 """What the cluster of slurm/devcluster must do, for the tests that run on it to mean something."""
 
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from slurm.conftest import SCRIPTS, Cluster, wait_until
+from slurm.conftest import SCRIPTS, Cluster, command_of, wait_until
 
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 # Says where and in which attempt it runs, then waits.
@@ -103,8 +104,8 @@ def test_up_mends_a_cluster_whose_daemons_were_killed_and_keeps_its_jobs(cluster
     cluster.wait(job, "RUNNING")
     line = f"export SLURM_CONF={cluster.conf}\n"
     assert cluster.script("up").stdout == line
-    subprocess.run(["pkill", "-KILL", "-f", f"slurmctld -f {cluster.conf}"], check=True)
-    subprocess.run(["pkill", "-KILL", "-f", f"munged .*{cluster.conf.parent}/"], check=True)
+    for daemon in ("slurmctld", "slurmd-node1", "munge"):
+        os.kill(int((cluster.conf.parent / "run" / f"{daemon}.pid").read_text()), signal.SIGKILL)
     assert cluster.script("up").stdout == line
     assert cluster.show(job)["JobState"] == "RUNNING"
     assert cluster.show(job)["Restarts"] == "0"
@@ -124,7 +125,7 @@ def test_a_bare_cluster_has_no_sacct_and_leaves_only_logs(bare_cluster: Cluster,
     before = bare_cluster.processes()
     try:
         assert bare_cluster.script("down").returncode == 0
-        assert not [process for process in before if Path(f"/proc/{process}/cmdline").exists()]
+        assert not [process for process in before if command_of(process)]
         assert [path.name for path in place.iterdir()] == ["log"]
         assert mark not in Path("/etc/hosts").read_text()
     finally:
