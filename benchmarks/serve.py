@@ -4,7 +4,8 @@
 
 One client, and CLIENTS clients, take turns for SECONDS each; every client asks for one text at a time, over one
 connection that it keeps. All answers are compared with `SentimentPredictor.predict` on the same texts. Writes
-benchmarks/results/serve_NAME.json; the ratio is of medians. Exits with 1 where a request fails or an answer differs.
+benchmarks/results/serve_NAME.json; ratios are of medians, also of the processor time that the service spends on a text,
+which other programs on the machine disturb less. Exits with 1 where a request fails or an answer differs.
 
 The model `llama-30x16` is made on the spot: random weights in 30 layers of width 16. Its passes cost more than their
 arithmetic, as those of large models do on a GPU; on a CPU those of large models do not, so that batches gain less.
@@ -81,11 +82,17 @@ class Client(threading.Thread):
         connection.close()
 
 
-def turn(port: int, texts: list[str], clients: int, seconds: float) -> dict[str, Any]:
+def processor_seconds(process: int) -> float:
+    """That a process has used so far, all its threads."""
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime: man 5 proc_pid_stat
+
+
+def turn(process: int, port: int, texts: list[str], clients: int, seconds: float) -> dict[str, Any]:
     """What that many clients were answered in that time."""
     stop = threading.Event()
     asking = [Client(port, texts, first, clients, stop) for first in range(clients)]
-    began = time.perf_counter()
+    began, used = time.perf_counter(), processor_seconds(process)
     for client in asking:
         client.start()
     time.sleep(seconds)
@@ -98,6 +105,7 @@ def turn(port: int, texts: list[str], clients: int, seconds: float) -> dict[str,
     return {
         "answers": answers,
         "texts_per_s": round(len(answers) / passed, 2),
+        "server_processor_ms_per_text": round(1000 * (processor_seconds(process) - used) / len(answers), 2),
         "median_ms": round(1000 * statistics.median(waits), 1),
         "p95_ms": round(1000 * waits[int(0.95 * (len(waits) - 1))], 1),
     }
@@ -135,18 +143,24 @@ def measure(options: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
     process, port = serve(options.model, options.device)
     try:
         turns: dict[int, list[dict[str, Any]]] = {1: [], options.clients: []}
-        turn(port, texts, options.clients, 2)  # a warm-up that is not counted
+        turn(process.pid, port, texts, options.clients, 2)  # a warm-up that is not counted
         for _ in range(options.repetitions):
             for clients, done in turns.items():
-                done.append(turn(port, texts, clients, options.seconds))
+                done.append(turn(process.pid, port, texts, clients, options.seconds))
                 print(clients, {k: v for k, v in done[-1].items() if k != "answers"}, flush=True)
     finally:
         process.terminate()
         ended = process.wait(60)
-    one, many = (statistics.median(done["texts_per_s"] for done in turns[clients]) for clients in (1, options.clients))
+
+    def median(clients: int, figure: str) -> float:
+        return statistics.median(done[figure] for done in turns[clients])
+
+    one, many = (median(clients, "texts_per_s") for clients in (1, options.clients))
+    used = [median(clients, "server_processor_ms_per_text") for clients in (1, options.clients)]
     answers = [answer for done in turns.values() for each in done for answer in each.pop("answers")]
     return {
         "ratio": round(many / one, 2),
+        "ratio_of_processor_time": round(used[0] / used[1], 2),
         "texts_per_s": {"1": one, str(options.clients): many},
         "turns": {str(clients): done for clients, done in turns.items()},
         "requests": len(answers),

@@ -58,6 +58,14 @@ def test_answers_are_those_of_predict(ask: Callable[..., TestClient], reader: Re
     assert len({answer["confidence"] for answer in many["answers"]}) == 3
 
 
+def test_explanations_are_those_of_the_model(ask: Callable[..., TestClient], reader: Reader) -> None:
+    """Label, probabilities and reason as `explain` gives them."""
+    answers = ask().post("/v1/explain", json={"texts": TEXTS[:2]}).json()["answers"]
+    for answer, right in zip(answers, reader.predictor.explain(TEXTS[:2]), strict=True):
+        assert answer["probabilities"] == pytest.approx(right["probabilities"], abs=1e-5)
+        assert (answer["explanation"], answer["truncated"]) == (right["explanation"], right["truncated"])
+
+
 def test_concurrent_requests_get_their_own_answers_from_shared_batches(
     ask: Callable[..., TestClient], reader: Reader
 ) -> None:
