@@ -252,7 +252,7 @@ def _counts(plan: Plan) -> str:
 
 def _results(scores: Scores, base: Model) -> Iterable[tuple[str, ...]]:
     for part in scores.parts:
-        for system in scores.systems:
+        for system in (one for one in scores.systems if one.key in part.systems):
             found = part.systems[system.key]
             figures = (_percent(found.accuracy), _percent(found.macro_f1), _percent(found.weighted_f1))
             name = system.name.replace(base.name, _shown(base))

@@ -17,7 +17,7 @@ from finllm.models import Card, Loaded
 from finllm.plan import Plan
 from finllm.predictions import Prediction
 from finllm.prompts import Prompter
-from finllm.recipe import Model
+from finllm.recipe import FOUR_BIT, Model
 from finllm.run import Run, write_json, write_text
 from finllm.scores import Scores
 
@@ -141,8 +141,12 @@ def _merge(adapter: Path, card: Card, plan: Plan, to: Path) -> None:
 
 
 def base_of(spec: Model, dtype: Literal["bf16", "fp32"]) -> Loaded:
-    """The base in whole weights of `dtype`, with the values that the adapter was trained on (decision 0011)."""
-    return models.load(spec, dtype=dtype, device=_device(), dequantize=True)
+    """The base in whole weights of `dtype`: of a 4-bit one the values that were trained on (decision 11), else its own.
+
+    LLM.int8() quantises activations too; no whole weights compute the same, and the published ones come nearest.
+    """
+    whole = spec if spec.quantization in FOUR_BIT else spec.model_copy(update={"quantization": "none"})
+    return models.load(whole, dtype=dtype, device=_device(), dequantize=True)
 
 
 def _answers(loaded: Loaded, card: Card, rows: list[Prediction], batch_tokens: int) -> NDArray[np.float64]:

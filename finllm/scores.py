@@ -1,5 +1,8 @@
 """Scores: everything that a report says about systems, as it stands in `scores.json`; `finllm.assessment` makes them."""
 
+from pydantic import ValidationError
+
+from finllm.errors import RunError
 from finllm.example import Label, Split
 from finllm.run import Run, read_json, write_json
 from finllm.yamlfile import Spec
@@ -198,5 +201,11 @@ class Scores(Spec):
 
     @classmethod
     def of(cls, run: Run) -> "Scores":
-        """The scores of a run folder; raises RunError where it has none."""
-        return cls.model_validate(read_json(run.scores))
+        """The scores of a run folder; raises RunError where it has none, or those of another version."""
+        try:
+            return cls.model_validate(read_json(run.scores))
+        except ValidationError as error:
+            raise RunError(
+                f"{run.scores} is not of this version of FinLLM ({error.error_count()} fault(s)); "
+                f"`finllm evaluate {run.folder}` writes it anew"
+            ) from error

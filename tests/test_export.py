@@ -198,9 +198,12 @@ def test_without_a_converter_the_way_to_one_is_said(run: Run, tmp_path: Path, mo
 
 
 def test_what_is_not_ready_is_refused(copy: Run, tmp_path: Path) -> None:
-    """A target that exists, a run without answers, a run without weights; each with what to do."""
+    """A target that exists, scores of another version, no answers, no weights; each with what to do."""
     with pytest.raises(RunError, match="exists; give --to another folder"):
         export(copy, "adapter", tmp_path)
+    copy.scores.write_text(copy.scores.read_text().replace('"draws"', '"drawings"'))
+    with pytest.raises(RunError, match=r"not of this version .*`finllm evaluate .*` writes it anew"):
+        export(copy, "adapter", tmp_path / "out")
     shutil.rmtree(copy.predictions)
     with pytest.raises(RunError, match=r"`finllm evaluate .*` first"):
         export(copy, "adapter", tmp_path / "out")

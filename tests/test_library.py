@@ -44,7 +44,7 @@ def test_scores_come_back_and_stand_in_the_folder(run: finllm.Run) -> None:
     """As an object with the figures of the report; the run is found by its folder too."""
     scores = finllm.evaluate(run)
     assert scores == finllm.Scores.of(run)
-    assert [system.key for system in scores.systems] == ["tuned", "base", "majority"]
+    assert {"tuned", "base", "majority"} <= {system.key for system in scores.systems}
     assert 0 <= scores.parts[0].systems["tuned"].accuracy.value <= 1
     assert run.report.is_file()
     assert finllm.evaluate(str(run.folder)).parts == scores.parts
