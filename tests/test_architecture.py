@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIBRARY = sorted((ROOT / "finllm").rglob("*.py"))
 LAUNCHER = sorted((ROOT / "launch").rglob("*.py"))
-LIGHT = ["plan", "recipe", "run", "machine", "errors", "example", "yamlfile", "faults", "progress", "data"]
+LIGHT = ["plan", "recipe", "run", "machine", "errors", "example", "yamlfile", "faults", "progress", "data", "sweeps", "published"]
 HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "sklearn", "pandas", "wandb", "bitsandbytes"}
 VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "misc", "manager", "core"}
 SHADOWS = {"evaluate", "datasets", "types", "logging", "signal", "select"}
