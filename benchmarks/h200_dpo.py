@@ -126,7 +126,7 @@ def by_trl(recipe: Path, arguments: dict[str, Any], *, tiny: bool) -> dict[str, 
     pairs = [json.loads(line) for line in recipe.with_name("pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [
         {"prompt": prompter.string(p["prompt"]), "chosen": f" {p['chosen']}", "rejected": f" {p['rejected']}"}
-        for p in (pairs[:640] if tiny else pairs)
+        for p in (pairs[:80] if tiny else pairs)
     ]
     usual = {"learning_rate": 2e-5, "bf16": on_gpu, "use_cpu": not on_gpu, "logging_steps": 10, "report_to": [],
              "optim": "adamw_torch_fused" if on_gpu else "adamw_torch", "max_length": None, "beta": 0.3}  # fmt: skip
@@ -170,7 +170,7 @@ def rows_of(found: dict[str, dict[str, Any]], common: dict[str, Any]) -> list[di
 def one(name: str, recipe: Path, runs: Path, *, tiny: bool) -> dict[str, Any]:
     system = SYSTEMS[name]
     if isinstance(system, dict):
-        return by_trl(recipe, system, tiny=tiny)
+        return by_trl(recipe, {**system, "max_steps": WARM + 2} if tiny else system, tiny=tiny)
     return by_command(recipe, (*system, *(["train.max_steps=12"] if tiny else [])), runs)
 
 

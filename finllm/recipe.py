@@ -160,10 +160,7 @@ class Dpo(Training):
     init: AbsolutePath | None = None
     """The SFT run whose adapter is trained on, and is the reference; null: a new adapter, and the base model."""
     loss: Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero", "sft"] = "sigmoid"
-    """sigmoid is DPO's own, with label smoothing cDPO's; the others are as TRL has them under these names.
-
-    sft is cross-entropy of the chosen answers alone: what DPO must beat on the same rows in the same steps.
-    """
+    """sigmoid is DPO's own (with label smoothing, cDPO's); all are as in TRL. sft is cross-entropy of the chosen alone."""
     beta: float = Field(default=0.1, gt=0)
     """How dear it is to leave the reference; higher stays nearer. For ipo, its tau."""
     sft_weight: float = Field(default=0.0, ge=0)

@@ -116,4 +116,9 @@ def _batches(prompts: Sequence[list[int]], shared: int, batch_tokens: int) -> li
 
 def ready(stream: Stream) -> Stream:
     """The stream in memory from which a GPU copies while the CPU goes on."""
-    return replace(stream, numbers=stream.numbers.pin_memory()) if torch.cuda.is_available() else stream
+    return replace(stream, numbers=pinned(stream.numbers))
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """The tensor in such memory; as it is where there is no GPU."""
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor

@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer
 
 from finllm import last_layer
 from finllm.fast import pairs as fast_pairs
-from finllm.fast.engine import Engine, ready
+from finllm.fast.engine import Engine, pinned, ready
 from finllm.training import batches, pairs
 from finllm.training.handwritten import MULTIPLE
 from finllm.training.pairs import PairRow
@@ -187,7 +187,8 @@ class Dpo(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
             shared=shared,
             multiple=MULTIPLE[device],
         )
-        return {**batch, "stream": replace(made, stream=ready(made.stream)), "figures": pairs.figures(given)}
+        made = replace(made, stream=ready(made.stream), table=pinned(made.table))
+        return {**batch, "stream": made, "figures": pinned(pairs.figures(given))}
 
 
 def loss_of(arguments: DPOConfig) -> Loss:
