@@ -1,7 +1,9 @@
 """Two real SLURM clusters on this machine, one with accounting and one without, for the tests of this folder."""
 
+import contextlib
 import fcntl
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -94,12 +96,14 @@ class Cluster:
     def clear(self) -> dict[int, str]:
         """Ends all jobs, and returns the processes that outlive them, which it then kills."""
         self.ask("scancel", "--quiet", "--user=root")
-        assert wait_until(lambda: not self.ask("squeue", "-h"), 30), self.ask("squeue")
-        if wait_until(lambda: not self.processes(), 3):
-            return {}
+        # A step that ignores SIGTERM has 10 s (KillWait), and a job waits for whatever holds its step's output open.
+        if wait_until(lambda: not self.ask("squeue", "-h"), 20):
+            wait_until(lambda: not self.processes(), 3)
         left = self.processes()
         for process in left:
-            os.kill(process, 9)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(process, signal.SIGKILL)
+        assert wait_until(lambda: not self.ask("squeue", "-h"), 20), self.ask("squeue")
         return left
 
 

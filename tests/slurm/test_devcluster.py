@@ -97,6 +97,15 @@ def test_a_job_of_a_dead_node_is_requeued_onto_others(cluster: Cluster, tmp_path
     assert cluster.ask("sinfo", "-h", "-n", "node2", "-p", "debug", "-o", "%T").strip() == "idle"
 
 
+def test_a_process_that_outlives_its_job_is_found_and_ended(cluster: Cluster, tmp_path: Path) -> None:
+    """The check that follows each test can fail: SLURM lets go of a daemon that a job leaves behind."""
+    job = cluster.sbatch("srun bash -c '(setsid sleep 600 </dev/null &>/dev/null &)'", tmp_path)
+    cluster.wait(job, "COMPLETED")
+    left = cluster.clear()
+    assert list(left.values()) == ["sleep 600 "]
+    assert wait_until(lambda: not command_of(*left), 5)
+
+
 @pytest.mark.slow
 def test_up_mends_a_cluster_whose_daemons_were_killed_and_keeps_its_jobs(cluster: Cluster, tmp_path: Path) -> None:
     """The line to type is the same, and the job runs on in its first attempt."""
