@@ -65,7 +65,10 @@ class Sweep:
 def holding(run: Run) -> str | None:
     """The name of the sweep that a run belongs to; None where it belongs to none."""
     for path in sorted(run.folder.absolute().parent.glob(f"*/{FILE}")):
-        sweep = Sweep.of(path.parent)
+        try:
+            sweep = Sweep.of(path.parent)
+        except RunError:  # another's damaged file is no reason to stop this run
+            continue
         if run.name in {cell.run for cell in sweep.cells}:
             return sweep.name
     return None

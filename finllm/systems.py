@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,11 @@ class _Asker:
     examples: Sequence[Example]
     prompter: Prompter
 
-    @property
+    @cached_property
     def prompts(self) -> list[list[int]]:
         return [rendered.ids for rendered in self._rendered]
 
-    @property
+    @cached_property
     def _rendered(self) -> Any:
         return self.prompter.render([e.text for e in self.examples], [e.target for e in self.examples])
 

@@ -13,7 +13,7 @@ from finllm.report.document import Block, Bullets, Details, Heading, Picture, Ta
 from finllm.report.parts import part, without_width
 from finllm.report.settings import data, repeat, settings
 from finllm.report.verdict import names_of, verdict, verdicts
-from finllm.report.words import interval
+from finllm.report.words import interval, three
 from finllm.run import Run, read_json, write_json, write_text
 from finllm.scores import Scores, System
 from finllm.yamlfile import Spec
@@ -166,8 +166,8 @@ def speed(scores: Scores) -> Table:
 
 
 def _speed(system: System) -> tuple[str, ...]:
-    pace = f"{system.texts_per_second:,.0f}" if system.seconds >= SHORTEST_SECONDS else ""
-    alone = "" if system.latency_ms is None else f"{system.latency_ms:.3g}"
+    pace = three(system.texts_per_second) if system.seconds >= SHORTEST_SECONDS else ""
+    alone = "" if system.latency_ms is None else three(system.latency_ms)
     return system.key, f"{system.texts:,}", f"{system.seconds:.1f}", pace, alone
 
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from finllm.report.page import PAGE
 
+LONGEST_FIGURE = 30
+"""Characters; what is longer is a sentence that begins with a number."""
+
 
 @dataclass(frozen=True, slots=True)
 class Heading:
@@ -39,9 +42,10 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """Which columns hold figures only, to be aligned to the right."""
+        """Which columns hold short figures only, to be aligned to the right."""
         return [
-            bool(self.rows) and all(row[i][:1] in "0123456789+-<" for row in self.rows if row[i])
+            bool(self.rows)
+            and all(row[i][:1] in "0123456789+-<" and len(row[i]) <= LONGEST_FIGURE for row in self.rows if row[i])
             for i in range(len(self.head))
         ]
 
