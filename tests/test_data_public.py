@@ -273,3 +273,10 @@ def test_a_tfns_file_of_another_shape_is_refused(file: str, shared_data: Path, t
     (tmp_path / file).write_text("tweet,label\nhello,1\n")
     with pytest.raises(DataError, match=f"{file} is not the CSV of the release.*zeroshot"):
         Tfns(name="tfns", path=tmp_path).read()
+
+
+def test_rows_say_which_published_models_have_seen_them() -> None:
+    """206 of the 968 test rows are not in ProsusAI's training and validation part, 237 not in FinGPT's training part."""
+    rows = [e for e in PhraseBank(name="phrasebank").read() if e.split == "test"]
+    assert sum("prosus" not in e.seen_by for e in rows) == 206
+    assert sum("fingpt" not in e.seen_by for e in rows) == 237
