@@ -10,7 +10,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIBRARY = sorted((ROOT / "finllm").rglob("*.py"))
 LAUNCHER = sorted((ROOT / "launch").rglob("*.py"))
-LIGHT = ["plan", "recipe", "run", "machine", "errors", "example", "yamlfile", "faults", "progress", "data", "sweeps", "published"]
+LIGHT = [
+    "plan",
+    "recipe",
+    "run",
+    "machine",
+    "errors",
+    "example",
+    "yamlfile",
+    "faults",
+    "progress",
+    "data",
+    "sweeps",
+    "published",
+]
 HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "sklearn", "pandas", "wandb", "bitsandbytes"}
 VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "misc", "manager", "core"}
 SHADOWS = {"evaluate", "datasets", "types", "logging", "signal", "select"}
@@ -49,6 +62,17 @@ def test_the_library_never_imports_the_launcher(path: Path) -> None:
 def test_the_launcher_imports_nothing_heavy(path: Path) -> None:
     """Not even inside a function: it starts processes, and those compute."""
     assert not imported_by(path) & (HEAVY | {"tests", "benchmarks"})
+
+
+def test_only_the_service_speaks_http_and_only_the_page_knows_streamlit() -> None:
+    """Both need packages that are optional."""
+    code = [*LIBRARY, *LAUNCHER]
+    web = {path for path in code if imported_by(path) & {"fastapi", "starlette", "uvicorn", "prometheus_client"}}
+    assert {path.parent for path in web} == {ROOT / "finllm" / "service"}
+    pages = {path.stem for path in code if "streamlit" in imported_by(path)}
+    assert pages == {"page", "page_table", "page_text", "served"}
+    for name in ("batching", "reader"):  # what the page takes from the service
+        assert ROOT / "finllm" / "service" / f"{name}.py" not in web
 
 
 def test_deciding_needs_neither_torch_nor_transformers() -> None:
