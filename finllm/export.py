@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from finllm import cards, llamacpp, models, predictions, scoring
+from finllm import cards, licences, llamacpp, models, predictions, scoring
 from finllm.errors import RunError
 from finllm.example import LABELS
 from finllm.models import Card, Loaded
@@ -125,7 +125,7 @@ def _copy_adapter(adapter: Path, card: Card, to: Path) -> None:
     """The adapter, naming its base as others can find it; not the folder of this machine's cache."""
     shutil.copytree(adapter, to, ignore=shutil.ignore_patterns(*LEFT_BEHIND), dirs_exist_ok=True)
     config = json.loads((to / "adapter_config.json").read_text(encoding="utf-8"))
-    write_json(to / "adapter_config.json", {**config, "base_model_name_or_path": cards.base_id(card.base)})
+    write_json(to / "adapter_config.json", {**config, "base_model_name_or_path": licences.base_id(card.base)})
 
 
 def _merge(adapter: Path, card: Card, plan: Plan, to: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from finllm import SentimentPredictor, cards, models, predictions, upload
+from finllm import SentimentPredictor, licences, models, predictions, upload
 from finllm import evaluate as evaluation
 from finllm.data import DataSpec
 from finllm.errors import RunError
@@ -95,8 +95,8 @@ def test_an_adapter_alone_names_its_base(run: Run, tmp_path: Path) -> None:
     """PEFT finds the base; the pickle and the empty card that libraries leave are not passed on."""
     made = export(run, "adapter", tmp_path / "out")
     base = Card.of(run.adapter).base
-    assert models.adapter_base(made.folder) == cards.base_id(base) == base.name
-    assert cards.base_id(Model(name="smollm2-135m")) == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert models.adapter_base(made.folder) == licences.base_id(base) == base.name
+    assert licences.base_id(Model(name="smollm2-135m")) == "HuggingFaceTB/SmolLM2-135M-Instruct"
     files = {path.name for path in made.folder.iterdir()}
     assert files >= {"adapter_config.json", "adapter_model.safetensors", "finllm.json", "tokenizer.json", "README.md"}
     assert "training_args.bin" not in files
@@ -151,7 +151,7 @@ def test_licences_of_training_data_narrow_the_model(run: Run) -> None:
 
     def licence(*data: Any) -> str:
         recipe = plan.recipe.model_copy(update={"data": data})
-        return cards.licence(plan.model_copy(update={"recipe": recipe}), card)["license"]
+        return licences.licence(plan.model_copy(update={"recipe": recipe}), card)["license"]
 
     assert licence(Sample(name="sample"), Tfns(name="tfns")) == "apache-2.0"
     assert licence(Sample(name="sample"), PhraseBank(name="phrasebank")) == "other"
@@ -162,7 +162,7 @@ def test_every_public_data_set_has_its_terms() -> None:
     """One that is added without them would be passed on as unknown."""
     kinds = get_args(get_args(DataSpec)[0])
     public = {get_args(kind.model_fields["name"].annotation)[0] for kind in kinds} - {"table", "hub"}
-    assert public == set(cards.DATA)
+    assert public == set(licences.DATA)
 
 
 def test_a_gguf_file_answers_as_the_run_did(run: Run, tmp_path: Path) -> None:
