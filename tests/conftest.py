@@ -151,8 +151,8 @@ def browser() -> "Iterator[Browser]":
 
     if _chromium() is None and os.environ.get("CI") == "true":
         subprocess.run(["apt-get", "update", "-qq"], check=True)
-        packages = ["chromium", "fonts-liberation"]
-        subprocess.run(["apt-get", "install", "-qq", "--yes", "--no-install-recommends", *packages], check=True)
+        install = ["apt-get", "install", "-qq", "--yes", "--no-install-recommends", "chromium", "fonts-liberation"]
+        subprocess.run(install, check=True, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
     program = _chromium()
     if program is None:
         pytest.skip("needs Chromium; on Debian: apt-get install chromium")

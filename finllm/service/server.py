@@ -58,4 +58,5 @@ class Server(uvicorn.Server):
         for server in self.servers:
             for listening in server.sockets:
                 host, port = listening.getsockname()[:2]
-                print(f"serving on http://{host}:{port} (its description: /docs); Ctrl-C ends", flush=True)
+                place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+                print(f"serving on http://{place} (its description: /docs); Ctrl-C ends", flush=True)
