@@ -104,6 +104,13 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
 
 
+def test_the_index_names_every_page() -> None:
+    """docs/README.md is where a reader looks first."""
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert {name for name in pages if f"]({name})" not in index} == set()
+
+
 def test_the_reference_of_recipes_is_current() -> None:
     """As `finllm schema --markdown` writes it."""
     assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == schema.markdown() + "\n", (
