@@ -43,11 +43,16 @@ def write(sweep: Sweep) -> Path:
     """Write report.md and report.html into the sweep's folder; returns the path of report.md."""
     done = [(cell, run) for cell, run in zip(sweep.cells, sweep.runs, strict=True) if run.scores.is_file()]
     waiting = [(cell, run) for cell, run in zip(sweep.cells, sweep.runs, strict=True) if not run.scores.is_file()]
-    ranked = rank(sweep, done)
+    why_not: list[Block] = []
+    try:
+        ranked = rank(sweep, done)
+    except RunError as error:  # a run that has ended well must not fail for its sweep's report
+        ranked, why_not = [], [Text(f"Not ranked: {error}")]
     missing: list[Block] = [Bullets([_standing(cell, run) for cell, run in waiting])]
     blocks: list[Block] = [
         Heading(sweep.name, 1),
         Text(_verdict(ranked, len(done), len(sweep.cells))),
+        *why_not,
         *_ranking(ranked),
         *([Heading("Not done"), *missing] if waiting else []),
         *(_chosen(ranked[0]) if ranked else []),
@@ -103,7 +108,7 @@ def _ranked(name: str, runs: Sequence[Run], planned: int) -> Ranked:
 
 def _verdict(ranked: Sequence[Ranked], done: int, cells: int) -> str:
     if not ranked:
-        return f"None of the {cells} cells is done."
+        return f"{done or 'None'} of the {cells} cells {'are' if done > 1 else 'is'} done."
     best, *others = ranked
     said = f"**{best.settings.name}: {percent(best.macro_f1.value)} macro-F1 on validation, the best of {len(ranked)} settings**"
     gap = f", {100 * (best.macro_f1.value - others[0].macro_f1.value):.1f} points above the next" if others else ""

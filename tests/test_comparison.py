@@ -175,6 +175,16 @@ def assessment_of(sweep: Sweep, name: str) -> float:
     return sum(p.gold == p.predicted for p in rows) / len(rows)
 
 
+def test_a_sweep_without_validation_is_told_and_not_ranked(tmp_path: Path) -> None:
+    """Its report is written all the same, without any test figure."""
+    evaluated(tmp_path, "only-1", {"test": 0.9}, examples("test", 60))
+    Sweep(tmp_path / "only", "demo.yaml", ("lora.rank",), (Cell("only-1", ("lora.rank=16",)),)).save()
+    text = write_report(Sweep.of(tmp_path / "only")).read_text()
+    assert "1 of the 1 cells is done." in text
+    assert "Not ranked: only-1 has no answers to validation texts" in text
+    assert "## Test figures" not in text
+
+
 def test_a_run_knows_its_sweep(sweep: Sweep, tmp_path: Path) -> None:
     """W&B groups the runs by it."""
     assert holding(sweep.runs[0]) == "ranks"
