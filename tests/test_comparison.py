@@ -1,10 +1,14 @@
 """Runs side by side: the same rows or none, seeds taken together, and sweeps that are ranked by validation alone."""
 
+import argparse
+import importlib.util
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -223,3 +227,39 @@ def test_an_earlier_run_can_be_a_system_of_an_evaluation(tmp_path: Path) -> None
     other = [replace(ROWS[-1], id="news:test:999")]
     with pytest.raises(RunError, match=r"before did not answer 1 of 1 rows of this run, the first is news:test:999"):
         earlier("before", now, other)
+
+
+def test_headline_rows_follow_from_the_runs_of_the_chosen_settings(tmp_path: Path) -> None:
+    """Candidates are ranked by validation; the rows have mean and deviation over the seeds, n, interval and settings."""
+    headline = load("headline")
+    grid = {"lora.rank": ("8", "16")}
+    poor, good = headline.candidates("m", "phrasebank", grid)
+    assert good == ("model.name=m", "data=[phrasebank]", "lora.rank=16", "lora.alpha=32")
+    recipe = tmp_path / "x.yaml"
+    for cell, share in ((poor, {"validation": 0.5, "test": 0.95}), (good, {"validation": 0.9, "test": 0.8})):
+        evaluated(tmp_path / "choose" / "phrasebank" / headline.named(cell), "x", share)
+    for seed in (42, 43):
+        name = headline.named((*good, f"train.seed={seed}"))
+        evaluated(tmp_path / "measure" / "phrasebank" / name, "x", {"validation": 0.9, "test": 0.8}, seed=seed)
+    asked = argparse.Namespace(recipe=str(recipe), grid=grid, seeds=["42", "43"], at_once=2, runs=tmp_path)
+    assert headline.choose("m", "phrasebank", asked) == good
+    (row,) = headline.measure("m", "phrasebank", good, asked)
+    answers = [predictions.of_run(run) for run in map(Run, (tmp_path / "measure" / "phrasebank").glob("*/x"))]
+    shares = [100 * np.mean([p.predicted == p.gold for p in one.predictions if p.part == "test"]) for one in answers]
+    assert (row["dataset"], row["texts"], row["n"], row["runs"], row["system"]) == ("news", "all", 150, 2, "tuned")
+    assert row["accuracy"]["mean"] == pytest.approx(np.mean(shares), abs=0.01)
+    assert row["accuracy"]["deviation"] == pytest.approx(np.std(shares, ddof=1), abs=0.01)
+    assert row["accuracy"]["low"] < row["accuracy"]["mean"] < row["accuracy"]["high"]
+    assert row["overrides"] == list(good)
+    assert json.loads(json.dumps(row)) == row
+
+
+def load(name: str) -> Any:
+    """A script of benchmarks/ as a module."""
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
