@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from finllm.data.preferences import Preference
 from finllm import checkpoints
+from finllm.data.preferences import Preference
 from finllm.errors import RunError
 from finllm.example import Example
 from finllm.progress import Steps
