@@ -33,7 +33,7 @@ POLL_SECONDS = 0.5
 REQUEUE_SECONDS = 120.0
 """In which SLURM ends a job that it has put back into the queue."""
 PORTS = range(20_000, 60_000)
-WORDS = {"SIGUSR2": "the time limit is near", "SIGTERM": "SLURM wants the nodes back"}
+WORDS = {"SIGUSR2": "the time limit is near, or the nodes are wanted", "SIGTERM": "SLURM wants the nodes back"}
 
 
 @dataclass(frozen=True)
