@@ -1,13 +1,11 @@
 """Handing a run to SLURM through submitit: the text of the batch script, the jobs, and what a refusal means."""
 
 import io
-import os
 import re
 import shlex
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +73,7 @@ def submit(folder: Path, name: str, jobs: Sequence[Job], cluster: Cluster, depen
     written = Run(folder).slurm
     written.mkdir(parents=True, exist_ok=True)
     try:
-        with clean_environment(_overruling(cluster)), _environment(cluster), redirect_stderr(io.StringIO()):
+        with clean_environment(_overruling(cluster)), redirect_stderr(io.StringIO()):
             executor = SlurmExecutor(written, python=shlex.quote(cluster.interpreter))
             executor.update_parameters(**parameters(folder, name, cluster, dependency))
             if len(jobs) == 1:
@@ -119,19 +117,6 @@ def _overruling(cluster: Cluster) -> list[str]:
     given = [key for key, value in cluster.model_dump().items() if value not in (None, False, ())]
     names = [*given, "timelimit", "gres", "gpus_per_node", "mem_per_node", "signal", "requeue", "no_requeue", "export"]
     return [f"SBATCH_{name.upper()}" for name in names]
-
-
-@contextmanager
-def _environment(cluster: Cluster) -> Iterator[None]:
-    """Without our interpreter's folder at the front of PATH, the setup lines decide which programs the nodes find."""
-    own = str(Path(sys.executable).parent)
-    before = os.environ["PATH"]
-    if cluster.python is not None:
-        os.environ["PATH"] = os.pathsep.join(part for part in before.split(os.pathsep) if part != own)
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before
 
 
 def _refusal(said: str) -> str:
