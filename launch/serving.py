@@ -94,6 +94,8 @@ def demo(*, run: str | None, runs: Path, host: str, port: int) -> int:
         "browser.gatherUsageStats": "false",
         "client.toolbarMode": "minimal",
         "theme.primaryColor": "#1d4e89",
+        # A full collection at every look for an answer would hold the model up: torch has millions of objects.
+        "runner.postScriptGC": "false",
     }
     os.environ.setdefault("OMP_WAIT_POLICY", WAITING)
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
