@@ -12,6 +12,7 @@ from finllm.scores import Check
 
 ROWS = 32
 """Texts that a check looks at, spread over all."""
+FEW = 8
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.25}
 """Nats between two ways of computing one log-probability: bf16 rounds each of a model's sums to three digits."""
 CUT_SHARE = 0.01
@@ -20,9 +21,9 @@ Score = Callable[[Sequence[list[int]]], NDArray[np.float64]]
 """Log-probabilities (prompts, labels)."""
 
 
-def some(count: int) -> list[int]:
-    """Up to ROWS row numbers, spread evenly."""
-    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, ROWS))}) if count else []
+def some(count: int, most: int = ROWS) -> list[int]:
+    """Up to `most` row numbers, spread evenly."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))}) if count else []
 
 
 def batch_invariance(alone: Score, prompts: Sequence[list[int]], together: NDArray[np.float64], dtype: str) -> Check:
@@ -39,7 +40,7 @@ def batch_invariance(alone: Score, prompts: Sequence[list[int]], together: NDArr
 
 def adapter_off(off: Score, prompts: Sequence[list[int]], base: NDArray[np.float64], dtype: str) -> Check:
     """Whether the tuned model with its adapter off is the base that it is compared with."""
-    rows = some(len(prompts))
+    rows = some(len(prompts), FEW)
     difference = _largest(off([prompts[i] for i in rows]) - base[rows])
     return Check(
         name="with the adapter off, the tuned model is its base",
