@@ -1,7 +1,8 @@
 """Explanations under constraint: does every answer parse, does its label stay the scorer's, and what does it cost.
 
     python benchmarks/explain.py                                  # CPU: SmolLM2-135M, and a tiny model for 1,000 answers
-    python benchmarks/explain.py --model runs/NAME --texts 1000   # any run, adapter or model; on a GPU, 1,000 by itself
+    python benchmarks/explain.py --model runs/NAME                # any run, adapter or model
+    python benchmarks/explain.py --model /tmp/7b --tokenizer ~/.cache/finllm/smollm2-135m   # GPU: a 7B shape
 
 Texts are PhraseBank's validation part (and its training part, where that is too small); none of the test part. All
 systems take turns in one process at the same token limit, the first turn uncounted; on a CPU their processor time counts:
@@ -212,6 +213,9 @@ def tiny(folder: Path, like: SentimentPredictor) -> SentimentPredictor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="a run, an adapter's folder, or a model")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="makes --model, a 7B shape of random weights, if it is not there"
+    )
     parser.add_argument("--texts", type=int, default=0, help="that are timed (CPU 32, GPU 1024)")
     parser.add_argument("--alone", type=int, default=0, help="that are timed one by one (CPU 8, GPU 32)")
     parser.add_argument("--batch", type=int, default=0, help="rows (CPU 16, GPU 64)")
@@ -222,6 +226,8 @@ def main() -> None:
     asked = parser.parse_args()
     quiet_libraries()
     on_gpu = torch.cuda.is_available()
+    if asked.tokenizer is not None:
+        conditions.make_weights(Path(asked.model), asked.tokenizer)
     predictor = SentimentPredictor(asked.model)
     count, alone = asked.texts or (1024 if on_gpu else 32), asked.alone or (32 if on_gpu else 8)
     batch = asked.batch or (64 if on_gpu else 16)
