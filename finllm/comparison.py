@@ -58,7 +58,11 @@ def own_answers(runs: Sequence[Run]) -> list[Answers]:
     named = [run.name for run in runs]
     twice = {name for name in named if named.count(name) > 1}
     found = [
-        replace(predictions.of_run(run), key=f"{run.folder.parent.name}/{run.name}" if run.name in twice else run.name, name=_model(run))
+        replace(
+            predictions.of_run(run),
+            key=f"{run.folder.parent.name}/{run.name}" if run.name in twice else run.name,
+            name=_model(run),
+        )
         for run in runs
     ]
     validation = [{(p.id, p.gold) for p in one.predictions if p.part == "validation"} for one in found]
