@@ -199,7 +199,7 @@ def bands(part: PartScores) -> Chart:
     axes.fill_between([], [], [], color=INK, alpha=0.22, lw=0, label="annotators who gave the label")
     axes.set_xticks(range(len(slices)), [f"{s.value} %\nn = {s.rows}" for s in slices])
     axes.set(ylabel="accuracy, %", ylim=(0, 103))
-    figure.legend(loc="outside upper left", ncols=3)
+    figure.legend(loc="outside upper left", ncols=2)
     return Chart(_name(part, "bands"), "Accuracy by the annotators' agreement, with 95 % intervals.", figure)
 
 
