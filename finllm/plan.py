@@ -4,7 +4,6 @@ import importlib.metadata
 import math
 import subprocess
 import sys
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -109,20 +108,17 @@ def decide(
 ) -> Plan:
     """What will happen when `recipe` runs on `here`, or on `nodes` machines like it; raises RecipeError where it cannot.
 
-    `processes` is given where something else has already started them, `texts` where the training texts are at hand;
-    `python` is the interpreter there.
+    The main memory of `here` is that of all nodes, `python` the interpreter there. `processes` is given where something
+    else has already started them, `texts` where the training texts are at hand.
     """
     asked = recipe.resources
-    if asked.gpu is not None:
-        here = machine.imagined(asked.gpu, 1 if asked.gpus == "auto" else asked.gpus)
+    here = here if asked.gpu is None else machine.imagined(asked.gpu, 1 if asked.gpus == "auto" else asked.gpus)
     gpus = len(here.gpus) if asked.gpus == "auto" else asked.gpus
     if gpus > len(here.gpus):
         raise RecipeError(f"resources.gpus is {gpus}, but {len(here.gpus)} can be seen here; write auto, or fewer")
     count = processes or nodes * (gpus or asked.cpu_processes)
     if recipe.train is None and processes is None:
         count = nodes = 1
-    if here.memory_gib is not None:
-        here = replace(here, memory_gib=nodes * here.memory_gib)  # of all, as the processes are of all
     reasons: list[str] = []
     dtype = _dtype(recipe, here, gpus, reasons)
     _refuse(recipe, gpus)

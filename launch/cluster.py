@@ -141,9 +141,10 @@ class Cluster(Spec):
         return self.python or sys.executable
 
     def machine(self) -> Machine:
-        """One node, for the plan."""
+        """GPUs and cores of one node, and the main memory of all, for the plan."""
         gpus = machine.imagined(self.gpu, self.gpus_per_node).gpus if self.gpu else ()
-        return Machine(gpus, self.cpus, _gib(self.memory))
+        each = _gib(self.memory)
+        return Machine(gpus, self.cpus, None if each is None else self.nodes * each)
 
     def parameters(self, *, name: str, setup: Sequence[str], dependency: str | None = None) -> dict[str, Any]:
         """What submitit calls the parameters of a job."""

@@ -18,7 +18,7 @@ from launch.job import Job
 from launch.scheduler import clean_environment
 
 KEYS = (
-    ("gres|gpu", "gpus_per_node, gpu_type or gpu_request"),
+    ("gres", "gpus_per_node, gpu_type or gpu_request"),
     ("account", "account (`sacctmgr show associations user=$USER` lists yours)"),
     ("partition", "partition"),
     ("qos", "qos"),
@@ -26,6 +26,7 @@ KEYS = (
     ("time limit", "time"),
     ("memory", "memory"),
     ("node count|more nodes|too many nodes", "nodes"),
+    ("processors", "nodes or cpus"),
     ("node configuration", "what a node of that partition does not have: gpus_per_node, cpus, memory or nodes"),
     ("cpu", "cpus"),
     ("option|argument", "sbatch"),

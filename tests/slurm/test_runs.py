@@ -151,7 +151,7 @@ def test_two_nodes_train_what_one_process_trains(
     assert main(["logs", "two"]) == 0
     said = capsys.readouterr().out
     assert "node1 | " in said
-    assert said.index("attempt 1") < said.index("SIGTERM: asked the run to save and stop") < said.index("attempt 2")
+    assert said.index("attempt 1") < said.index(": asked the run to save and stop") < said.index("attempt 2")
 
 
 def test_the_time_limit_is_survived_in_one_wandb_run(undisturbed: Run, recipe: Path) -> None:
@@ -181,7 +181,7 @@ def test_preemption_is_survived(undisturbed: Run, recipe: Path) -> None:
     until(lambda: standing(run).status == "waiting")
     state = ended(run)
     assert (state.status, state.attempt) == ("done", 2)
-    assert "SIGTERM: asked the run to save and stop" in run.log.read_text()
+    assert ": asked the run to save and stop" in run.log.read_text()
     same_result(run, undisturbed)
 
 
@@ -316,7 +316,7 @@ REFUSED = {
     "partition: nowhere": "change partition",
     "account: nobody": "change account",
     "qos: best": "change qos",
-    "gpus_per_node: 7\ngpu: a100-80gb": "change gpus_per_node",
+    "gpus_per_node: 7\ngpu: a100-80gb": "gpus_per_node, cpus, memory or nodes",
     "partition: short": "change time",
     "constraint: quantum": "change constraint",
     "nodes: 99": "change nodes",
@@ -330,12 +330,11 @@ def test_a_refused_profile_is_answered_in_slurms_words(
 ) -> None:
     """And with the key to change; nothing is left behind."""
     given = ["launch", str(recipe), "--name", "refused", "--cluster", str(profile(ONE + line + "\n")), *LIGHT]
-    if "nodes" in line:
-        given.append("train.global_batch=99")
+    given += ["train.global_batch=693", "train.micro_batch=auto"]  # for 7 and for 99 processes
     assert main(given) == 2
     said = capsys.readouterr().err
     assert "SLURM refused the job" in said
-    assert "error: " in said
+    assert "sbatch: " in said or "error: " in said
     assert REFUSED[line] in said
     assert not list(Path(os.environ["FINLLM_RUNS"]).iterdir())
     assert not slurm("squeue", "--noheader")
