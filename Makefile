@@ -27,7 +27,7 @@ demo: $(STAMP)
 	@$(VENV)/bin/finllm launch recipes/demo.yaml
 
 test: $(STAMP)
-	@$(PY) -m pytest tests
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests --numprocesses 2 --dist loadgroup
 
 check: $(STAMP)
 	@$(PY) -m ruff format --check .

@@ -174,7 +174,8 @@ def on_cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of this folder are marked `slurm`."""
+    """Tests of this folder are marked `slurm`, and one process runs them all."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker("slurm")
+            item.add_marker(pytest.mark.xdist_group("slurm"))

@@ -54,6 +54,19 @@ def launch(recipe: Path, name: str, text: str, *given: str) -> Run:
     return run_called(name)
 
 
+def slowed(recipe: Path, name: str, text: str, *given: str) -> Run:
+    """A run whose first hundred steps take forty seconds, so that it does not end before it is disturbed."""
+    run = launch(recipe, name, text + "sbatch: {hold: true}\n", *given)
+    watcher = run.code / "finllm" / "training" / "watching.py"
+    line = '        rate = more["optimizer"]'
+    assert line in watcher.read_text()
+    watcher.write_text(
+        watcher.read_text().replace(line, f"        time.sleep(0.4 * (state.global_step < 100))\n{line}")
+    )
+    slurm("scontrol", "release", job(run))
+    return run
+
+
 def run_called(name: str) -> Run:
     return Run((Path(os.environ["FINLLM_RUNS"]) / name).absolute())
 
@@ -156,12 +169,8 @@ def test_two_nodes_train_what_one_process_trains(
 
 def test_the_time_limit_is_survived_in_one_wandb_run(undisturbed: Run, recipe: Path) -> None:
     """Saved at the signal, queued again by the job itself, and then as if there had been no limit."""
-    text = "cpus: 1\nmemory: 2G\ntime: 1\nsignal_seconds: 20\nsbatch: {hold: true}\n"
-    run = launch(recipe, "timed", text, *LONG, "tracking.wandb=offline")
-    watcher = run.code / "finllm" / "training" / "watching.py"  # slower steps: 312 do not fit into a minute
-    slow = "        time.sleep(0.15)\n        rate = more["
-    watcher.write_text(watcher.read_text().replace("        rate = more[", slow, 1))
-    slurm("scontrol", "release", job(run))
+    text = "cpus: 1\nmemory: 2G\ntime: 1\nsignal_seconds: 20\n"
+    run = slowed(recipe, "timed", text, *LONG, "tracking.wandb=offline")
     state = ended(run)
     assert state.status == "done"
     assert state.attempt > 1
@@ -196,22 +205,28 @@ def test_preemption_with_a_warning_is_survived(undisturbed: Run, recipe: Path) -
     same_result(run, undisturbed)
 
 
-@pytest.mark.parametrize("how", ["power-off", "kill"])
-def test_a_dead_node_is_survived(undisturbed: Run, recipe: Path, cluster: Any, how: str) -> None:
-    """SLURM starts the job on another node; what lived on at the old one finds that out, and ends."""
-    run = launch(recipe, "orphan", ONE, *LONG)
-    until(at_step(run, 30))
-    first = standing(run).where.rpartition(" ")[2]
-    assert cluster.script("node", how, first).returncode == 0
+def test_dead_nodes_are_survived(undisturbed: Run, recipe: Path, cluster: Any) -> None:
+    """One with all that ran on it, one whose slurmd only died: what lived on there finds another attempt, and ends."""
+    hows = ("power-off", "kill")
+    runs = {how: slowed(recipe, how, ONE + "exclusive: true\n", *LONG) for how in hows}
+    until(lambda: all(at_step(run, 20)() for run in runs.values()))
+    nodes = {how: standing(run).where.rpartition(" ")[2] for how, run in runs.items()}
+    assert len(set(nodes.values())) == 2
+    for how, node in nodes.items():
+        assert cluster.script("node", how, node).returncode == 0
     try:
-        until(lambda: (State.of(run) or State("created")).attempt == 2, 120)
-        assert standing(run).where.rpartition(" ")[2] != first
-        state = ended(run)
+        for how, run in runs.items():
+            until(lambda run=run: (State.of(run) or State("created")).attempt == 2)
+            assert standing(run).where.rpartition(" ")[2] != nodes[how]
+        states = [ended(run) for run in runs.values()]
     finally:
-        cluster.script("node", "start", first)
-    assert (state.status, state.attempt) == ("done", 2)
-    same_result(run, undisturbed)
-    until(lambda: not tether.members(f"{run.folder}@{job(run)}.0.0"), 30)
+        for node in nodes.values():
+            cluster.script("node", "start", node)
+    for run, state in zip(runs.values(), states, strict=True):
+        assert (state.status, state.attempt) == ("done", 2)
+        same_result(run, undisturbed)
+    left = f"{runs['kill'].folder}@{job(runs['kill'])}.0.0"
+    until(lambda: not tether.members(left), 30)
 
 
 def test_a_run_that_fails_is_not_queued_again(
