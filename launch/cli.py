@@ -8,6 +8,7 @@ from pathlib import Path
 from finllm.errors import FinllmError
 from launch import commands, reporting, serving, shipped, starting
 from launch import completion as completing
+from launch import doctor as examining
 from launch import export as exporting
 from launch import schema as describing
 from launch.endings import DONE, INTERRUPTED, WRONG
@@ -20,6 +21,7 @@ examples
   finllm launch demo                               train and evaluate the shipped example
   finllm launch my.yaml train.epochs=1 --dry-run   what would happen, in a second
   finllm launch my.yaml --name first --detach      go on without this terminal
+  finllm launch my.yaml --cluster slurm/a100.yaml  as a SLURM job that survives its time limit
   finllm status                                    all runs
   finllm logs first -f                             watch one
   finllm resume first                              go on after a stop or a failure
@@ -81,6 +83,7 @@ def build_parser() -> Screen:
     _add_measuring(verbs)
     _add_using(verbs)
     _add_recipes(verbs)
+    _add_machine(verbs)
     return parser
 
 
@@ -161,6 +164,22 @@ def _add_using(verbs: Verbs) -> None:
     _runs(demo)
 
 
+def _add_machine(verbs: Verbs) -> None:
+    doctor = _verb(
+        verbs, "doctor", examining.doctor, "what is wrong with this machine or a cluster's, and what mends it"
+    )
+    doctor.add_argument(
+        "--cluster", dest="cluster_profile", type=Path, metavar="PROFILE",
+        help="check a job's nodes: a file such as slurm/a100.yaml",
+    )  # fmt: skip
+    doctor.add_argument("--model", help="of the hub, which must be open to you")
+    doctor.add_argument("--json", dest="as_json", action="store_true", help="for programs")
+    _runs(doctor)
+
+    completion = _verb(verbs, "completion", completing.completion, "script that completes these words in a shell")
+    completion.add_argument("shell", choices=completing.SHELLS)
+
+
 def _add_recipes(verbs: Verbs) -> None:
     recipes = _verb(verbs, "recipes", commands.recipes, "recipes and what they are for")
     recipes.add_argument(
@@ -170,9 +189,6 @@ def _add_recipes(verbs: Verbs) -> None:
     _recipe(_verb(verbs, "check", commands.check, "all faults of a recipe and its data, or their counts"))
     schema = _verb(verbs, "schema", describing.schema, "JSON schema of a recipe, for editors; or its keys for people")
     schema.add_argument("--markdown", dest="as_markdown", action="store_true", help="the keys in tables, with defaults")
-
-    completion = _verb(verbs, "completion", completing.completion, "script that completes these words in a shell")
-    completion.add_argument("shell", choices=completing.SHELLS)
 
 
 def _verb(verbs: Verbs, name: str, command: commands.Command, about: str) -> argparse.ArgumentParser:

@@ -104,6 +104,14 @@ def at_step(run: Run, step: int) -> Callable[[], bool]:
     return reached
 
 
+def at_attempt(run: Run, number: int) -> Callable[[], bool]:
+    def reached() -> bool:
+        state = State.of(run)
+        return state is not None and state.attempt >= number
+
+    return reached
+
+
 def losses(run: Run) -> list[float]:
     return list({r.step: r.numbers["train/loss"] for r in history(run) if "train/loss" in r.numbers}.values())
 
@@ -153,7 +161,7 @@ def test_two_nodes_train_what_one_process_trains(
     run = launch(recipe, "two", ONE + "nodes: 2\n", *LONG)
     until(at_step(run, 40))
     slurm("scontrol", "requeue", job(run))
-    until(lambda: (State.of(run) or State("created")).attempt == 2)
+    until(at_attempt(run, 2))
     stopped = int(run.complete_checkpoints()[-1].name.rpartition("-")[2])
     assert stopped >= 40
     state = ended(run)
@@ -216,7 +224,7 @@ def test_dead_nodes_are_survived(undisturbed: Run, recipe: Path, cluster: Any) -
         assert cluster.script("node", how, node).returncode == 0
     try:
         for how, run in runs.items():
-            until(lambda run=run: (State.of(run) or State("created")).attempt == 2)
+            until(at_attempt(run, 2))
             assert standing(run).where.rpartition(" ")[2] != nodes[how]
         states = [ended(run) for run in runs.values()]
     finally:
