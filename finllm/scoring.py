@@ -86,18 +86,15 @@ def score(
     tree = trie(answers)
     engine = engine or engine_of(model)
     if engine is not None and sees_all(model, max(map(len, prompts)) + max(map(len, answers))):
-        if tree.tokens:
-            return _token_by_token(model, prompts, answers, batch_tokens, steps, engine)
-        tokens = [token for (token,) in answers]
         return engine.log_probabilities(
-            prompts, tokens, batch_tokens=batch_tokens, adapted=_adapted(model), steps=steps
+            prompts, answers, batch_tokens=batch_tokens, adapted=_adapted(model), steps=steps
         )
     if base_of(model).device.type == "cpu":
         batch_tokens = min(batch_tokens, MOST_ON_CPU)
     shared = shared_length(prompts)
     if not sees_all(model, max(map(len, prompts)) + max(map(len, answers))):
         if tree.tokens:
-            return _token_by_token(model, prompts, answers, batch_tokens, steps, None)
+            return _token_by_token(model, prompts, answers, batch_tokens, steps)
         shared = 0
     result = np.zeros((len(prompts), len(answers)))
     with torch.inference_mode():
@@ -134,7 +131,6 @@ def _token_by_token(
     answers: Sequence[tuple[int, ...]],
     batch_tokens: int,
     steps: Steps | None,
-    engine: Engine | None,
 ) -> NDArray[np.float64]:
     """Scores without a tree of labels: each token of a label costs a pass over the prompts."""
     nexts: dict[tuple[int, ...], list[int]] = {}
@@ -148,7 +144,6 @@ def _token_by_token(
             [(token,) for token in tokens],
             batch_tokens=batch_tokens,
             steps=None if start else steps,
-            engine=engine,
         )
         for start, tokens in nexts.items()
     }

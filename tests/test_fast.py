@@ -233,7 +233,7 @@ def test_what_the_passes_cannot_compute_is_refused(made: Any, said: str) -> None
 def test_scores_do_not_depend_on_the_size_of_a_batch() -> None:
     made, prompts = model().eval(), [row.prompt for row in rows(7)]
     engine = Engine(made)
-    whole = engine.log_probabilities(prompts, [5, 7], batch_tokens=10_000)
-    parts = engine.log_probabilities(prompts, [5, 7], batch_tokens=40)
+    whole = engine.log_probabilities(prompts, [(5,), (7,)], batch_tokens=10_000)
+    parts = engine.log_probabilities(prompts, [(5,), (7,)], batch_tokens=40)
     assert whole.shape == (7, 2)
     assert abs(whole - parts).max() < 1e-5

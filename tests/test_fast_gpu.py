@@ -1,5 +1,6 @@
 """The kernels on a GPU: their errors are those of bf16, and 4-bit weights are read bit by bit."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,9 +9,10 @@ import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
-from finllm.fast import streams
+from finllm.fast import bushes, passes, streams
 from finllm.fast.engine import Engine
-from finllm.shared_prefix import IGNORED
+from finllm.fast.streams import WAYS
+from finllm.shared_prefix import IGNORED, shared_length
 from finllm.training.batches import Row, pad
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")]
@@ -102,7 +104,41 @@ def test_nf4_weights_are_read_as_bitsandbytes_reads_them() -> None:
 
 def test_scores_are_those_of_fp32_to_the_rounding_of_bf16() -> None:
     exact, made, prompts = model(torch.float32).eval(), model(torch.bfloat16).eval(), [r.prompt for r in rows(9, 30)]
-    found = Engine(made).log_probabilities(prompts, [5, 6, 7], batch_tokens=500)
+    found = Engine(made).log_probabilities(prompts, [(5,), (6,), (7,)], batch_tokens=500)
     with torch.inference_mode():
         expected = [exact(torch.tensor([ids]).cuda()).logits[0, -1].log_softmax(-1)[5:8].cpu() for ids in prompts]
     assert abs(torch.tensor(found) - torch.stack(expected)).max() < 0.1
+
+
+def test_bushes_score_as_fp32_does_to_the_rounding_of_bf16() -> None:
+    """Prompts that begin alike, one and several tokens to a label; as one segment each, scores are others."""
+    own = [ids[30:] for ids in (r.prompt for r in rows(6, 30))]
+    prompts = [[*range(40, 70), 7, *begin, *ids] for begin in ([11] * 90, [12, 13], [12, 13, 14]) for ids in own]
+    exact, made = model(torch.float32).eval(), model(torch.bfloat16).eval()
+    engine = Engine(made)
+    for answers in ([(5,), (6,), (7,)], [(5, 8, 9), (5, 8, 10, 11), (6,), (7, 8), (5, 12, 13), (14, 15), (16, 17)]):
+        found = engine.log_probabilities(prompts, answers, batch_tokens=1500)
+        with torch.inference_mode():
+            expected = [[_of(exact, ids, answer) for answer in answers] for ids in prompts]
+        longest = max(map(len, answers))
+        assert abs(torch.tensor(found) - torch.tensor(expected)).max() < 0.1 * longest
+        asked = bushes.answers_of(answers)
+        shared = shared_length(prompts)
+        stream = bushes.pack(prompts[0][:shared], bushes.grow(prompts, asked, shared=shared), multiple=64)
+        flat = replace(stream, numbers=stream.numbers.clone())
+        flat.segments.copy_(flat.segments // WAYS * WAYS)
+        choices = torch.tensor(asked.choices).cuda()
+        with torch.inference_mode():
+            right, wrong = (
+                passes.log_probabilities(
+                    engine.decoder, replace(one, numbers=one.numbers.cuda()), choices, adapted=True
+                )
+                for one in (stream, flat)
+            )
+        assert float((right - wrong).abs().max()) > 0.3
+
+
+def _of(exact: Any, prompt: list[int], answer: tuple[int, ...]) -> float:
+    """The definition: the log-probabilities of an answer's tokens added, from one forward pass."""
+    log_p = exact(torch.tensor([[*prompt, *answer]]).cuda()).logits[0].log_softmax(-1)
+    return sum(float(log_p[len(prompt) - 1 + place, token]) for place, token in enumerate(answer))

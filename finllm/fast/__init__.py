@@ -1,6 +1,7 @@
 """Passes written by hand over decoders of Llama's shape: loss and LoRA gradients, and scores, without autograd.
 
     streams    rows as one stream of fixed sizes, one tensor that goes to the device at once
+    bushes     prompts that begin alike, and answers that do, as such streams
     weights    linear layers stacked; LoRA's second factors stand beside the frozen weights, so that one product has both
     layers     one decoder layer forward and backward
     passes     the whole model: loss and gradients, scores

@@ -50,8 +50,8 @@ def _heads(base, rows, live, stride, SIZE: tl.constexpr):
 
 @triton.jit
 def _of_one_way(mine, theirs):
-    """Which rows' segments (or their trunks, whose numbers are multiples of streams.WAYS, 4) are the keys' segments."""
-    return (mine == theirs) | ((mine & -4) == theirs)
+    """Which rows' segments (or their trunks, whose numbers are multiples of WAYS) are the keys' segments."""
+    return (mine == theirs) | ((mine & -4096) == theirs)  # streams.WAYS
 
 
 @triton.jit

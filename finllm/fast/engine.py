@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finllm.fast import passes
+from finllm.fast import bushes, passes
 from finllm.fast.pairs import Pairs
 from finllm.fast.passes import Objective
-from finllm.fast.streams import Stream, pack
+from finllm.fast.streams import Stream
 from finllm.fast.weights import Decoder
 from finllm.progress import Steps
 from finllm.shared_prefix import shared_length
@@ -78,40 +78,32 @@ class Engine:
     def log_probabilities(
         self,
         prompts: Sequence[list[int]],
-        tokens: Sequence[int],
+        answers: Sequence[Sequence[int]],
         *,
         batch_tokens: int,
         adapted: bool = True,
         steps: Steps | None = None,
     ) -> NDArray[np.float64]:
-        """Log-probabilities, (prompts, tokens) in nats, of each token after each prompt."""
+        """Log-probabilities, (prompts, answers) in nats, of each whole answer after each prompt, in one pass."""
         self.decoder.keep_adopted()
-        shared = shared_length(prompts)
-        choices = torch.tensor(tokens, device=self.decoder.device)
+        shared, asked = shared_length(prompts), bushes.answers_of(answers)
+        instruction, grown = prompts[0][:shared], bushes.grow(prompts, asked, shared=shared)
+        choices = torch.tensor(asked.choices, device=self.decoder.device)
         found: list[Tensor] = []
         with torch.inference_mode():
             if adapted:
                 self.decoder.refresh()
-            for batch in _batches(prompts, shared, min(batch_tokens, MOST_TOKENS)):
-                stream = self._moved(ready(pack(batch, [[0]] * len(batch), shared=shared, multiple=64)))
+            for batch in bushes.batches_of(grown, shared, min(batch_tokens, MOST_TOKENS)):
+                stream = self._moved(ready(bushes.pack(instruction, batch, multiple=64)))
                 found.append(passes.log_probabilities(self.decoder, stream, choices, adapted=adapted))
                 if steps is not None:
-                    steps.add(len(batch))
-            rows: NDArray[np.float64] = torch.cat(found).double().cpu().numpy()  # the one copy to the host
-        return rows
-
-
-def _batches(prompts: Sequence[list[int]], shared: int, batch_tokens: int) -> list[list[list[int]]]:
-    """The prompts in order, in batches of at most `batch_tokens` as streams (but at least one prompt)."""
-    batches: list[list[list[int]]] = []
-    used = batch_tokens
-    for prompt in prompts:
-        if used + len(prompt) - shared > batch_tokens:
-            batches.append([])
-            used = shared
-        batches[-1].append(prompt)
-        used += len(prompt) - shared
-    return batches
+                    steps.add(sum(len(bush.rows) for bush in batch))
+            picks = torch.tensor(asked.picks, device=self.decoder.device)
+            rows = torch.cat(found).view(len(prompts), -1).index_select(1, picks)
+            taken = rows.double().cpu().numpy()  # the one copy to the host
+        result = np.empty((len(prompts), len(answers)))
+        result[[row for bush in grown for row in bush.rows]] = np.add.reduceat(taken, asked.bounds, axis=1)
+        return result
 
 
 def ready(stream: Stream) -> Stream:

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from finllm.fast.streams import WAYS, Stream
+from finllm.fast.streams import Stream, plant
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +36,6 @@ def pack(
 
     `reading` are the places that predict, and the table, as `training.pairs.read` finds them.
     """
-    ids, positions = [*trunks[0][:shared]], [*range(shared)]
-    segments, starts, ends = [0] * shared, [0] * shared, [shared] * shared
-    for number, (prompt, both) in enumerate(zip(trunks, answers, strict=True), start=1):
-        start, own = len(ids), prompt[shared:]
-        ids += own
-        positions += range(shared, len(prompt))
-        segments += [WAYS * number] * len(own)
-        for way, answer in enumerate(both, start=1):
-            ids += answer[:-1]
-            positions += range(len(prompt), len(prompt) + len(answer) - 1)
-            segments += [WAYS * number + way] * (len(answer) - 1)
-        starts += [start] * (len(ids) - start)
-        ends += [len(ids)] * (len(ids) - start)
-    used = len(ids)
-    tokens = -(-used // multiple) * multiple
-    more = tokens - used
-    ids += [0] * more
-    positions += range(more)
-    segments += [WAYS * (len(trunks) + 1)] * more
-    starts += [used] * more
-    ends += [tokens] * more
+    bushes = [(prompt[shared:], [answer[:-1] for answer in both]) for prompt, both in zip(trunks, answers, strict=True)]
     predicting, table = reading
-    nothing = [0] * len(predicting)
-    numbers = torch.tensor([*ids, *positions, *segments, *starts, *ends, *predicting, *nothing], dtype=torch.int32)
-    return Pairs(Stream(numbers, tokens, shared), table, 2 * len(trunks))
+    return Pairs(plant(trunks[0][:shared], bushes, predicting, multiple=multiple), table, 2 * len(trunks))

@@ -12,6 +12,8 @@ from finllm.fast.pairs import Pairs
 from finllm.fast.streams import Stream
 from finllm.fast.weights import Decoder
 
+MOST_READ = 1024
+"""Places whose logits are held at once: of answers of many tokens there are several for each prompt."""
 Head = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Of the last layer's output where something is predicted: the loss, and what flows back into that output."""
 Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -58,8 +60,8 @@ def _through(decoder: Decoder, stream: Stream, head: Head, *, recompute: bool) -
 def log_probabilities(decoder: Decoder, stream: Stream, choices: Tensor, *, adapted: bool) -> Tensor:
     """Log-probabilities, (places that predict, choices) in nats, of the token ids `choices`."""
     hidden, _ = norm(_read(decoder, stream, adapted=adapted), decoder.norm, decoder.eps, 0)
-    logits = _logits(hidden, decoder.head)
-    return logits.index_select(1, choices) - logits.logsumexp(-1, keepdim=True)
+    parts = (_logits(part, decoder.head) for part in hidden.split(MOST_READ))
+    return torch.cat([part.index_select(1, choices) - part.logsumexp(-1, keepdim=True) for part in parts])
 
 
 def log_probabilities_of_pairs(decoder: Decoder, pairs: Pairs) -> Tensor:

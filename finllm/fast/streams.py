@@ -8,8 +8,8 @@ from torch import Tensor
 
 PARTS = 5
 """Numbers kept for each token: id, position, segment, start and end of its segment."""
-WAYS = 4
-"""Segments are numbered in steps of this, so that a row's answers have numbers of their own: the row's and 1, 2."""
+WAYS = 4096
+"""Segments are numbered in steps of this, a power of 2, so that what grows from a trunk has the trunk's number and 1, 2, …"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Stream:
 
     @property
     def segments(self) -> Tensor:
-        """Number of each token's segment, a multiple of WAYS but in answers to one prompt."""
+        """Number of each token's segment, a multiple of WAYS but in what grows from a trunk."""
         return self._part(2)
 
     @property
@@ -98,4 +98,39 @@ def pack(
     starts += [used] * more
     ends += [tokens] * more
     numbers = torch.tensor([*ids, *positions, *segments, *starts, *ends, *predicting, *targets], dtype=torch.int32)
+    return Stream(numbers, tokens, shared)
+
+
+def plant(
+    instruction: Sequence[int],
+    bushes: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
+    predicting: Sequence[int],
+    *,
+    multiple: int = 1,
+) -> Stream:
+    """Trunks, each with fewer than WAYS ways that grow from it, behind the instruction; targets are none."""
+    shared = len(instruction)
+    ids, positions = [*instruction], [*range(shared)]
+    segments, starts, ends = [0] * shared, [0] * shared, [shared] * shared
+    for number, (trunk, ways) in enumerate(bushes, start=1):
+        start, above = len(ids), shared + len(trunk)
+        ids += trunk
+        positions += range(shared, above)
+        segments += [WAYS * number] * len(trunk)
+        for way, own in enumerate(ways, start=1):
+            ids += own
+            positions += range(above, above + len(own))
+            segments += [WAYS * number + way] * len(own)
+        starts += [start] * (len(ids) - start)
+        ends += [len(ids)] * (len(ids) - start)
+    used = len(ids)
+    tokens = -(-used // multiple) * multiple
+    more = tokens - used
+    ids += [0] * more
+    positions += range(more)
+    segments += [WAYS * (len(bushes) + 1)] * more
+    starts += [used] * more
+    ends += [tokens] * more
+    nothing = [0] * len(predicting)
+    numbers = torch.tensor([*ids, *positions, *segments, *starts, *ends, *predicting, *nothing], dtype=torch.int32)
     return Stream(numbers, tokens, shared)

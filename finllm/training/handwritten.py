@@ -112,7 +112,7 @@ def _difference(made: Engine, model: Any, rows: Sequence[Row]) -> float:
                 logits = model(torch.tensor([row.prompt], device=device), use_cache=False).logits[0, -1]
             own.append(logits.float().log_softmax(-1)[tokens].cpu())
     model.train(training)
-    found = made.log_probabilities([row.prompt for row in some], tokens, batch_tokens=10**6)
+    found = made.log_probabilities([row.prompt for row in some], [(t,) for t in tokens], batch_tokens=10**6)
     return float((torch.tensor(found) - torch.stack(own)).abs().max())
 
 
