@@ -58,6 +58,7 @@ class SentimentPredictor:
         self.model: Any = models.attach(loaded.model, folder) if folder is not None and adapted else loaded.model
         self.prompter = Prompter(loaded.tokenizer, prompt)
         self.batch_tokens = batch_tokens
+        self._engine = scoring.engine_of(self.model)  # made once: it takes tens of milliseconds
         self._explainer: Explainer | None = None
 
     @overload
@@ -116,7 +117,7 @@ class SentimentPredictor:
             log.warning("%d empty text(s): the answer is what the model says of nothing", empty)
         answers = [self.prompter.answers[label] for label in LABELS]
         prompts = [prompt.ids for prompt in rendered]
-        rows = scoring.score(self.model, prompts, answers, batch_tokens=self.batch_tokens)
+        rows = scoring.score(self.model, prompts, answers, batch_tokens=self.batch_tokens, engine=self._engine)
         return prompts, [_prediction(row) for row in scoring.probabilities(rows)]
 
 

@@ -83,9 +83,9 @@ class _Asker:
         prompts = self.prompts
         began = time.monotonic()
         with steps(f"scoring with the {key} model", len(prompts), "text", self.run) as counter:
-            rows = self.score(model, prompts, steps=counter)
+            engine = scoring.engine_of(model)
+            rows = self.score(model, prompts, steps=counter, engine=engine)
         seconds = time.monotonic() - began
-        engine = scoring.engine_of(model)
         latency = _latency([partial(self.score, model, [p], engine=engine) for p in prompts[:TIMED]])
         cut = [rendered.truncated for rendered in self._rendered]
         made = predictions.of(self.examples, scoring.probabilities(rows), cut)
