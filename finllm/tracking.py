@@ -172,11 +172,11 @@ def _mode(plan: Plan) -> tuple[Mode, str]:
         return "disabled" if environment == "disabled" else "offline", f"WANDB_MODE is {environment}"
     if wanted in ("offline", "disabled"):
         return ("offline" if wanted == "offline" else "disabled"), "as the recipe says"
-    fault = _key_fault()
+    fault = key_fault()
     return ("offline", fault) if fault else ("online", "")
 
 
-def _key_fault() -> str:
+def key_fault() -> str:
     """Why there is no usable API key, found without contacting anything; empty where there is one."""
     import wandb
     from wandb.sdk import wandb_setup

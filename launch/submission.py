@@ -4,7 +4,7 @@ import io
 import re
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,6 @@ from finllm.data.places import CHECKOUT
 from finllm.errors import RunError
 from finllm.run import Run, read_json, write_json
 from launch.cluster import Cluster
-from launch.job import Job
 from launch.scheduler import clean_environment
 
 KEYS = (
@@ -61,10 +60,13 @@ class Submission:
         return [self.job, self.evaluation] if self.evaluation else [self.job]
 
 
-def submit(folder: Path, name: str, jobs: Sequence[Job], cluster: Cluster, dependency: str | None = None) -> list[str]:
+def submit(
+    folder: Path, name: str, jobs: Sequence[Callable[[], str]], cluster: Cluster, dependency: str | None = None
+) -> list[str]:
     """Put jobs into the queue, several as one array; returns their ids. Raises RunError in sbatch's own words.
 
-    `folder` is that of a run or of a sweep: the code stands there, and what submitit writes goes there.
+    A job is what each of its nodes calls. `folder` is that of a run or of a sweep: the code stands there, and what
+    submitit writes goes there.
     """
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError, FailedSubmissionError
