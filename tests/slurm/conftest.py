@@ -173,6 +173,7 @@ def on_cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         pytest.fail(f"these processes outlived their jobs: {left}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of this folder are marked `slurm`, and one process runs them all."""
     for item in items:

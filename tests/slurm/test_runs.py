@@ -55,14 +55,12 @@ def launch(recipe: Path, name: str, text: str, *given: str) -> Run:
 
 
 def slowed(recipe: Path, name: str, text: str, *given: str) -> Run:
-    """A run whose first hundred steps take forty seconds, so that it does not end before it is disturbed."""
+    """A run whose first fifty steps take thirty seconds, so that it does not end before it is disturbed."""
     run = launch(recipe, name, text + "sbatch: {hold: true}\n", *given)
     watcher = run.code / "finllm" / "training" / "watching.py"
     line = '        rate = more["optimizer"]'
     assert line in watcher.read_text()
-    watcher.write_text(
-        watcher.read_text().replace(line, f"        time.sleep(0.4 * (state.global_step < 100))\n{line}")
-    )
+    watcher.write_text(watcher.read_text().replace(line, f"        time.sleep(0.6 * (state.global_step < 50))\n{line}"))
     slurm("scontrol", "release", job(run))
     return run
 
@@ -217,7 +215,7 @@ def test_dead_nodes_are_survived(undisturbed: Run, recipe: Path, cluster: Any) -
     """One with all that ran on it, one whose slurmd only died: what lived on there finds another attempt, and ends."""
     hows = ("power-off", "kill")
     runs = {how: slowed(recipe, how, ONE + "exclusive: true\n", *LONG) for how in hows}
-    until(lambda: all(at_step(run, 20)() for run in runs.values()))
+    until(lambda: all(at_step(run, 5)() for run in runs.values()))
     nodes = {how: standing(run).where.rpartition(" ")[2] for how, run in runs.items()}
     assert len(set(nodes.values())) == 2
     for how, node in nodes.items():
