@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 
 from finllm import machine
@@ -28,13 +29,15 @@ NF4_ERROR = 0.2
 
 def checks(num_gpus: int) -> dict[str, Callable[[], Finding]]:
     """What is checked, in this order; where there is no GPU, each row says so."""
+    known = cache(here)  # nvidia-smi is asked once: where it hangs, each time costs half a minute
+    with_gpus = partial(_with_gpus, known)
     return {
         "driver": lambda: driver(smi()),
-        "GPU": lambda: gpus(here(), num_gpus),
-        "CUDA and torch": lambda: _with_gpus("CUDA and torch", lambda found: match(found, built())),
-        "bf16": lambda: _with_gpus("bf16", bf16),
+        "GPU": lambda: gpus(known(), num_gpus),
+        "CUDA and torch": lambda: with_gpus("CUDA and torch", lambda found: match(found, built())),
+        "bf16": lambda: with_gpus("bf16", bf16),
         "bitsandbytes": bitsandbytes,
-        "NCCL between GPUs": lambda: _with_gpus("NCCL between GPUs", nccl),
+        "NCCL between GPUs": lambda: with_gpus("NCCL between GPUs", nccl),
     }
 
 
@@ -109,8 +112,10 @@ def gpus(found: tuple[Gpu, ...] | str, wanted: int = 0) -> Finding:
     return Finding("GPU", "ok", said)
 
 
-def _with_gpus(what: str, check: Callable[[tuple[Gpu, ...]], Finding]) -> Finding:
-    found = here()
+def _with_gpus(
+    known: Callable[[], tuple[Gpu, ...] | str], what: str, check: Callable[[tuple[Gpu, ...]], Finding]
+) -> Finding:
+    found = known()
     if isinstance(found, str):
         return Finding(what, "absent", "not checked: the driver does not answer")
     return check(found) if found else Finding(what, "absent", "not checked: no GPU here")

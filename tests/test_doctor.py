@@ -330,7 +330,7 @@ def test_the_gpus_of_the_driver_are_shown(tmp_path: Path, monkeypatch: pytest.Mo
     assert rows["driver"]() == Finding("driver", "ok", "570.1")
     assert rows["GPU"]() == Finding("GPU", "ok", "1 x NVIDIA H100, 79.6 GiB")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert rows["GPU"]().state == "absent"
+    assert doctor_gpus.checks(0)["GPU"]().state == "absent"
 
 
 def test_slurm_is_absent_where_nobody_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
