@@ -26,8 +26,13 @@ packages_work = $(PY) -m pip check --quiet && $(PY) -c 'import torch, transforme
 demo: $(STAMP)
 	@$(VENV)/bin/finllm launch recipes/demo.yaml
 
+# The tests on SLURM wait most of their time; the others use it. One thread each: two would take each other's core.
+test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest tests --numprocesses 2 --dist loadgroup
+	@$(PY) -m pytest tests/slurm >.slurm-tests.log 2>&1 & on_slurm=$$!; \
+	  $(PY) -m pytest tests --ignore tests/slurm; here=$$?; \
+	  echo "tests/slurm, which ran beside them:"; wait $$on_slurm; there=$$?; cat .slurm-tests.log; \
+	  exit $$((here ? here : there))
 
 check: $(STAMP)
 	@$(PY) -m ruff format --check .

@@ -173,10 +173,8 @@ def on_cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         pytest.fail(f"these processes outlived their jobs: {left}")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of this folder are marked `slurm`, and one process runs them all."""
+    """Tests of this folder are marked `slurm`."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker("slurm")
-            item.add_marker(pytest.mark.xdist_group("slurm"))
