@@ -32,11 +32,10 @@ ALLOWED = 0.15
 
 @dataclass(frozen=True)
 class Way:
-    """Overrides of the recipe, and what the plan would choose otherwise on a GPU of this size."""
+    """Overrides of the recipe, and the form of weights where the plan would choose another on a GPU of this size."""
 
     overrides: tuple[str, ...] = ()
     dequantize: bool | None = None
-    checkpointing: bool | None = None
     trains: bool = True
 
 
@@ -46,9 +45,7 @@ WAYS = {
     "shipped recipe": Way(),
     "low memory: by hand, NF4, computed again": Way((AGAIN,)),
     "by hand, dequantised, 8 at a time": Way((KEPT, "train.micro_batch=8")),
-    "by hand, dequantised, computed again": Way((AGAIN,), dequantize=True, checkpointing=True),
     "by hand, NF4, kept": Way((KEPT,), dequantize=False),
-    "by hand, NF4, computed again, 8 at a time": Way((AGAIN, "train.micro_batch=8")),
     "stream, bf16, kept": Way((KEPT, BF16, OWN_PASSES)),
     "stream, bf16, computed again": Way((AGAIN, BF16, OWN_PASSES)),
     "stream, NF4, kept": Way((KEPT, OWN_PASSES), dequantize=False),
@@ -76,8 +73,8 @@ def planned(way: Way, weights: Path, folder: Path, *, steps: int, tiny: bool) ->
     run = create(folder, "memory")
     rows, texts = counted(recipe, data.read_parts(recipe.data))
     plan = decide(recipe, here=machine.here(), rows=rows, texts=texts, folder=run.folder, source=str(RECIPE))
-    if not tiny and (way.dequantize, way.checkpointing) != (None, None):
-        plan = forced(plan, way)
+    if not tiny and way.dequantize is not None:
+        plan = forced(plan, dequantize=way.dequantize)
     if recipe.train is not None:  # after the estimate, which is of the whole run
         train = recipe.train.model_copy(update={"max_steps": steps})
         changed = plan.recipe.model_copy(update={"train": train})
@@ -87,8 +84,8 @@ def planned(way: Way, weights: Path, folder: Path, *, steps: int, tiny: bool) ->
     return run, plan
 
 
-def forced(plan: Any, way: Way) -> Any:
-    """The plan with another form of weights or checkpointing, and the estimate for it."""
+def forced(plan: Any, *, dequantize: bool) -> Any:
+    """The plan with another form of weights, and the estimate for it."""
     from finllm.fitting import FILLED_SHARE, Fit, Place, measured
     from finllm.shapes import shape_of
 
@@ -97,10 +94,9 @@ def forced(plan: Any, way: Way) -> Any:
         shape=shape_of(plan.recipe.model), texts=plan.texts, scored_texts=max(plan.rows.validation, plan.rows.test),
         hand_written=plan.hand_written,
     )  # fmt: skip
-    dequantize = plan.dequantize if way.dequantize is None else way.dequantize
-    checkpointing = plan.gradient_checkpointing if way.checkpointing is None else way.checkpointing
-    found = measured(plan.recipe, place, Fit(plan.micro_batch, checkpointing, dequantize, plan.batch_tokens))
-    changes = {"dequantize": dequantize, "gradient_checkpointing": checkpointing, "memory": found.memory}
+    choice = Fit(plan.micro_batch, plan.gradient_checkpointing, dequantize, plan.batch_tokens)
+    found = measured(plan.recipe, place, choice)
+    changes = {"dequantize": dequantize, "memory": found.memory}
     return plan.model_copy(update={**changes, "batch_tokens": found.batch_tokens})
 
 
