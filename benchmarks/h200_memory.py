@@ -5,7 +5,7 @@
 
 Each setting runs alone in a process of its own, a few steps on PhraseBank's training texts with validation at the end. The
 estimate is the plan's, for the largest micro-batch of the whole run; `estimate_here_gib` is the same with activations in
-proportion to the largest micro-batch that these steps had. Measured is torch.cuda.max_memory_allocated, which the
+proportion to the largest micro-batch that these steps had (too low where scoring, not training, needs the most). Measured is torch.cuda.max_memory_allocated, which the
 estimate without its `other` is about; beside it what torch has reserved, and what nvidia-smi says is in use.
 """
 
