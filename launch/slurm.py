@@ -89,7 +89,8 @@ def seen(items: Sequence[tuple[Run, State]]) -> list[Seen]:
 def _seen(state: State, found: Submission | None, jobs: Sequence[Queued]) -> Seen:
     present = next((job for job in jobs if job.waits or job.runs), jobs[-1] if jobs else None)
     where = _where(state, present)
-    if found is None or present is None or state.status in ("done", "cancelled", "failed"):
+    trained_only = state.status == "done" and state.stage == "train" and found is not None and bool(found.evaluation)
+    if found is None or present is None or (state.status in ("done", "cancelled", "failed") and not trained_only):
         return Seen(state.status, where, error=state.error)
     if present.waits:
         return Seen("waiting", where, present.reason)

@@ -266,9 +266,8 @@ def test_a_second_job_evaluates(recipe: Path) -> None:
     state = ended(run)
     assert state.status == "done"
     assert run.report.is_file()
-    shown = slurm("scontrol", "show", "job", found.evaluation)
-    assert "Partition=short" in shown
-    assert "JobState=COMPLETED" in shown
+    until(lambda: "JobState=COMPLETED" in slurm("scontrol", "show", "job", found.evaluation), 30)
+    assert "Partition=short" in slurm("scontrol", "show", "job", found.evaluation)
 
 
 def test_cancelling_ends_it_for_good(recipe: Path) -> None:
