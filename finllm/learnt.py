@@ -10,9 +10,10 @@ from finllm.data.preferences import Preference
 from finllm.errors import RunError
 from finllm.example import LABELS, Example
 from finllm.lengths import Lengths, lengths_of
+from finllm.methods import Dpo
 from finllm.models import Card
 from finllm.plan import Rows
-from finllm.recipe import Dpo, Recipe
+from finllm.recipe import Recipe
 
 
 def learnt(recipe: Recipe, parts: Parts) -> Sequence[Example] | Sequence[Preference]:

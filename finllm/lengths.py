@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finllm.example import Example
-from finllm.recipe import Explanations, Prompt
+from finllm.methods import Explanations
+from finllm.recipe import Prompt
 from finllm.yamlfile import Spec
 
 PIECE = re.compile(r"[A-Za-z]{1,6}|\d|[^\sA-Za-z\d]")

@@ -16,7 +16,8 @@ from finllm.fitting import Place, fit
 from finllm.lengths import Lengths
 from finllm.machine import Machine
 from finllm.memory import Estimate
-from finllm.recipe import Recipe, Training
+from finllm.methods import Training
+from finllm.recipe import Recipe
 from finllm.run import Run, read_json, write_json, write_text
 from finllm.shapes import shape_of
 from finllm.yamlfile import Spec

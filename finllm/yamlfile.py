@@ -27,6 +27,16 @@ class Spec(BaseModel):
     )
 
 
+def named(value: Any) -> Any:
+    """`smollm2-135m` is short for `{name: smollm2-135m}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def listed(value: Any) -> Any:
+    """One data set is short for a list of one; a name is short for its defaults."""
+    return [named(item) for item in (value if isinstance(value, list) else [value])]
+
+
 @dataclass
 class Document:
     """Plain values of one file (and of what it extends), and where each of them stands."""

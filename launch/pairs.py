@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from finllm.data.parts import Parts
 from finllm.data.preferences import Preference
 from finllm.learnt import learnt
-from finllm.recipe import Dpo, Recipe
+from finllm.methods import Dpo
+from finllm.recipe import Recipe
 
 EXAMPLES = 10
 SEED = 0

@@ -16,9 +16,10 @@ from finllm.errors import RecipeError, RunError
 from finllm.journal import history
 from finllm.lengths import OPENING, largest_batch, lengths_of
 from finllm.machine import Gpu, Machine
+from finllm.methods import Explanations
 from finllm.plan import decide
 from finllm.prompts import Prompter
-from finllm.recipe import Explanations, Prompt, Recipe, load
+from finllm.recipe import Prompt, Recipe, load
 from finllm.run import Run
 from finllm.shared_prefix import IGNORED, attending
 from finllm.training.batches import NO_ROW, Row, Rows, encode, pad, stream

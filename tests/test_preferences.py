@@ -13,7 +13,8 @@ from finllm.data.sample import Sample
 from finllm.errors import DataError, RecipeError
 from finllm.example import LABELS, Example
 from finllm.learnt import counted, learnt
-from finllm.recipe import Dpo, Recipe, load
+from finllm.methods import Dpo
+from finllm.recipe import Recipe, load
 from finllm.sweeps import Cell, Sweep
 from launch import cli
 from launch import pairs as shown

@@ -6,7 +6,8 @@ import pytest
 
 from finllm import yamlfile
 from finllm.errors import RecipeError
-from finllm.recipe import Recipe, Sft, load
+from finllm.methods import Sft
+from finllm.recipe import Recipe, load
 from launch import shipped
 
 FILES = sorted(shipped.FOLDER.rglob("*.yaml"))

@@ -14,11 +14,11 @@ from finllm.errors import RunError
 from finllm.example import LABELS
 from finllm.fast.engine import Engine
 from finllm.learnt import initial_adapter, learnt
+from finllm.methods import Training
 from finllm.models import Card
 from finllm.plan import Plan, steps_of
 from finllm.progress import steps
 from finllm.prompts import Prompter
-from finllm.recipe import Training
 from finllm.run import Run
 from finllm.training import dpo, handwritten, sft, sharing
 from finllm.training.arguments import arguments

@@ -4,8 +4,8 @@ from typing import Any
 
 from trl import DPOConfig, SFTConfig
 
+from finllm.methods import Dpo
 from finllm.plan import Plan, steps_of, steps_per_epoch
-from finllm.recipe import Dpo
 from finllm.run import Run
 
 OPTIMIZERS = {

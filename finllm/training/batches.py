@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from finllm.answer import AnswerTokens
 from finllm.errors import RunError
 from finllm.example import Example
+from finllm.methods import Explanations
 from finllm.prompts import Prompter
-from finllm.recipe import Explanations, Recipe
+from finllm.recipe import Recipe
 from finllm.shared_prefix import IGNORED, layout
 
 NO_ROW = -1

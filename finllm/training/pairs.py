@@ -17,8 +17,9 @@ from torch import Tensor
 
 from finllm.data.preferences import Preference
 from finllm.errors import RunError
+from finllm.methods import Dpo
 from finllm.prompts import Prompter
-from finllm.recipe import Dpo, Recipe
+from finllm.recipe import Recipe
 from finllm.shared_prefix import BRANCHES, IGNORED, NAME, places, shared_length
 
 FIGURES = ("reference_chosen", "reference_rejected", "chosen_tokens", "rejected_tokens", "smoothing", "live")
