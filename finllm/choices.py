@@ -5,7 +5,7 @@ What depends on memory is chosen in fitting.py.
 
 from finllm.errors import RecipeError
 from finllm.machine import Machine
-from finllm.recipe import Recipe
+from finllm.recipe import Recipe, Strategy
 
 
 def shared_prefix(recipe: Recipe, micro_batch: int, reasons: list[str]) -> bool:
@@ -17,15 +17,15 @@ def shared_prefix(recipe: Recipe, micro_batch: int, reasons: list[str]) -> bool:
     return why is None
 
 
-def hand_written(recipe: Recipe, here: Machine, gpus: int, processes: int, dtype: str, reasons: list[str]) -> bool:
+def hand_written(recipe: Recipe, here: Machine, gpus: int, strategy: Strategy, dtype: str, reasons: list[str]) -> bool:
     """Whether our own passes train the model, if it has layers that they know."""
     if recipe.train is None or recipe.train.hand_written == "off":
         return False
     why = None
     if not gpus or here.gpus[0].capability < 8.0 or dtype != "bf16":
         why = "they need a GPU, and bf16 on it"
-    elif processes > 1:
-        why = "they run in one process"
+    elif strategy not in {"single", "ddp"}:
+        why = f"they need all weights in one place, which {strategy} shares out"
     elif recipe.lora is None or recipe.lora.dropout > 0:
         why = "they train LoRA without dropout"
     elif recipe.model.quantization not in {"none", "nf4"} or not recipe.model.double_quantization:

@@ -6,9 +6,10 @@ from typing import Literal
 
 from finllm import choices
 from finllm.errors import RecipeError
+from finllm.holding import Setting
 from finllm.lengths import Batch, Lengths, instruction_tokens, largest_batch
-from finllm.memory import HAND_WRITTEN_KINDS, Estimate, Setting, estimate, scored_by_hand
-from finllm.recipe import FOUR_BIT, Recipe
+from finllm.memory import HAND_WRITTEN_KINDS, Estimate, estimate, scored_by_hand
+from finllm.recipe import FOUR_BIT, Recipe, Strategy
 from finllm.shapes import Shape
 
 FILLED_SHARE = 0.9
@@ -35,6 +36,8 @@ class Place:
     name: str
     dtype: Literal["bf16", "fp32"]
     processes: int
+    strategy: Strategy
+    offload: bool
     memory_gib: float | None
     """Of one GPU, or of the machine; None where it is not known."""
     shape: Shape | None
@@ -68,24 +71,38 @@ class Fit:
         return self.memory is None or self.memory.limit is None or self.memory.total <= self.memory.limit
 
 
-def fit(recipe: Recipe, place: Place, each: int, reasons: list[str]) -> Fit:
-    """What a process uses for its `each` examples of a step; raises RecipeError where not even one fits on the GPU."""
-    if place.shape is None:
-        return _by_rule(recipe, place, each, reasons)
-    ways = [_largest_in(recipe, place, each, way) for way in _ways(recipe, place)]
+@dataclass(frozen=True)
+class Found:
+    """The way that suits a place best, and the others that were considered."""
+
+    chosen: Fit
+    ways: tuple[Fit, ...]
+
+
+def best(recipe: Recipe, place: Place, each: int) -> Found:
+    """What a process does best with its `each` examples of a step; the model's shape is known. It need not fit."""
+    ways = tuple(_largest_in(recipe, place, each, way) for way in _ways(recipe, place))
     enough = min(ENOUGH_ROWS, each)
     chosen = next((way for way in ways if way.fits and way.micro_batch >= enough), None)
     if chosen is None:  # the first of those that hold the most
         chosen = max(ways, key=lambda way: (way.fits, way.micro_batch))
     if not chosen.fits:
-        smallest = min(ways, key=lambda way: way.memory.total if way.memory else 0.0)
-        said = _too_large(recipe, place, smallest)
+        chosen = min(ways, key=lambda way: way.memory.total if way.memory else 0.0)
+    return Found(chosen, ways)
+
+
+def fit(recipe: Recipe, place: Place, each: int, reasons: list[str]) -> Fit:
+    """What a process uses for its `each` examples of a step; raises RecipeError where not even one fits on the GPU."""
+    if place.shape is None:
+        return _by_rule(recipe, place, each, reasons)
+    found = best(recipe, place, each)
+    if not found.chosen.fits:
+        said = _too_large(recipe, place, found.chosen)
         if place.device == "cuda":
             raise RecipeError(said)
         reasons.append(said)
-        chosen = smallest
-    _explain(recipe, place, each, chosen, ways, reasons)
-    return chosen
+    _explain(recipe, place, each, found.chosen, found.ways, reasons)
+    return found.chosen
 
 
 def measured(recipe: Recipe, place: Place, choice: Fit) -> Fit:
@@ -169,6 +186,8 @@ def _setting(recipe: Recipe, place: Place, choice: Fit) -> Setting:
         lora=recipe.lora,
         optimizer=recipe.train.optimizer if recipe.train else "adamw",
         processes=place.processes,
+        strategy=place.strategy,
+        offload=place.offload,
         checkpointing=choice.checkpointing,
         hand_written=by_hand,
     )
@@ -274,21 +293,11 @@ def _advice(recipe: Recipe, place: Place, smallest: Fit) -> str:
         changes.append("set train.micro_batch to auto")
     if recipe.train is not None and recipe.train.gradient_checkpointing is False:
         changes.append("set train.gradient_checkpointing to auto")
+    if recipe.train is not None and place.processes > 1 and not place.offload:
+        shared = (
+            "set distributed.offload to true"
+            if place.strategy in ("fsdp", "zero3")
+            else "set distributed.strategy to fsdp"
+        )
+        changes.append(shared)
     return ", or ".join([*changes, f"lower prompt.max_tokens ({recipe.prompt.max_tokens})", f"use {larger}"])
-
-
-def lowered(recipe: Recipe, place: Place, each: int, before: Fit) -> Fit | None:
-    """What needs less memory than a choice that ran out of it; None where nothing is left to give up."""
-    batch_tokens = max(FEWEST_SCORED_TOKENS, before.batch_tokens // 2)
-    batch_tokens = min(batch_tokens, before.batch_tokens)
-    if before.micro_batch > 1:
-        size = next(size for size in divisors(each) if size <= before.micro_batch // 2)
-        choice = replace(before, micro_batch=size, batch_tokens=batch_tokens)
-    elif recipe.train is not None and not before.checkpointing:
-        packed = before.dequantize and place.device == "cpu"
-        choice = replace(before, checkpointing=True, dequantize=packed, batch_tokens=batch_tokens)
-    elif batch_tokens < before.batch_tokens:
-        choice = replace(before, batch_tokens=batch_tokens)
-    else:
-        return None
-    return choice if place.shape is None else measured(recipe, place, choice)

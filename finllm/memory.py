@@ -4,11 +4,9 @@ Bytes a token and layer were derived from what autograd keeps of Transformers' L
 and agree with a count of the saved tensors to 1 % (tests/test_memory.py counts them).
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
+from finllm.holding import STEP, Setting, stacks, state_bytes, targets, weight_bytes
 from finllm.lengths import Batch
-from finllm.recipe import FOUR_BIT, Lora, Quantization
+from finllm.recipe import FOUR_BIT
 from finllm.shapes import Shape
 from finllm.yamlfile import Spec
 
@@ -23,8 +21,6 @@ CPU_SLACK = 0.5
 """Of what comes and goes: freed blocks that glibc keeps. 0.2 in the demo's trainer, 0.6 in a bare loop over two steps."""
 TILE = 32_768
 """Columns of the head that TRL computes at a time (trl/trainer/utils.py, add_fused_lm_head)."""
-STEP = 64
-"""finllm.fast fills ranks up to a multiple of this."""
 
 
 class Estimate(Spec):
@@ -50,44 +46,10 @@ class Estimate(Spec):
         return self.weights + self.trained + self.activations
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How one process holds and trains a model."""
-
-    device: Literal["cuda", "cpu"]
-    dtype: Literal["bf16", "fp32"]
-    quantization: Quantization = "none"
-    double_quantization: bool = True
-    dequantize: bool = False
-    trains: bool = True
-    lora: Lora | None = None
-    """None trains all weights."""
-    optimizer: str = "adamw"
-    processes: int = 1
-    checkpointing: bool = False
-    hand_written: bool = False
-    """finllm.fast instead of autograd."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of a number in the arithmetic's type."""
-        return 2 if self.dtype == "bf16" else 4
-
-    @property
-    def all_weights(self) -> bool:
-        """Whether all weights are trained, and so held in fp32."""
-        return self.trains and self.lora is None
-
-    @property
-    def four_bit(self) -> bool:
-        """Whether weights are unpacked in every pass."""
-        return self.quantization in FOUR_BIT and not self.dequantize
-
-
 def estimate(shape: Shape, how: Setting, batch: Batch | None, scored: Batch, limit: float | None = None) -> Estimate:
     """The peak of training on micro-batches up to `batch` and of scoring batches up to `scored`, or of scoring alone."""
-    held = weights(shape, how)
-    trained = trained_state(shape, how) if how.trains else 0.0
+    held = weight_bytes(shape, how)
+    trained = state_bytes(shape, how) if how.trains else 0.0
     scoring = scoring_pass(shape, how, scored)
     passing = scoring if batch is None else max(training_pass(shape, how, batch), scoring)
     base, slack = (CUDA_CONTEXT, CUDA_SLACK) if how.device == "cuda" else (CPU_BASE, CPU_SLACK)
@@ -114,68 +76,6 @@ def described(memory: Estimate, device: str) -> str:
     )
 
 
-def weights(shape: Shape, how: Setting) -> float:
-    """Bytes of the base model's weights; those that are trained are fp32."""
-    if how.all_weights:
-        return 4.0 * shape.parameters
-    rest = how.size * (shape.embedding_parameters + shape.norm_parameters)  # bitsandbytes leaves head and embeddings
-    return rest + _linear_bytes(how) * shape.linear_parameters + _beside(shape, how)
-
-
-def _linear_bytes(how: Setting) -> float:
-    """Bytes for a weight of a linear layer."""
-    if how.four_bit:  # blocks of 64 share a scale: fp32, or 8 bits with an fp32 scale for 256 (QLoRA, section 3)
-        return 0.5 + (1 / 64 + 4 / (64 * 256) if how.double_quantization else 4 / 64)
-    return 1.0 if how.quantization == "int8" else float(how.size)
-
-
-def _beside(shape: Shape, how: Setting) -> float:
-    """finllm.fast keeps LoRA's second factors beside dense weights, or one unpacked layer."""
-    if not how.hand_written:
-        return 0.0
-    columns = sum(outputs * width for _, outputs, width in _stacks(shape, how.lora))
-    if how.four_bit:
-        return how.size * (shape.linear_parameters / shape.layers + columns)
-    return float(how.size * shape.layers * columns)
-
-
-def _stacks(shape: Shape, lora: Lora | None) -> list[tuple[int, int, int]]:
-    """Inputs, outputs and filled-up rank of the linear layers that finllm.fast computes together."""
-    stacks = []
-    for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
-        rank = sum(lora.rank for name in names if lora and _targets(lora, name))
-        outputs = sum(shape.linears[name][1] for name in names)
-        stacks.append((shape.linears[names[0]][0], outputs, -(-rank // STEP) * STEP))
-    return stacks
-
-
-def _targets(lora: Lora, name: str) -> bool:
-    return lora.targets == "all-linear" or any(target.endswith(name) for target in lora.targets)
-
-
-def lora_parameters(shape: Shape, lora: Lora) -> int:
-    """Weights of the adapters: rank x (inputs + outputs) for each targeted layer."""
-    each = (lora.rank * sum(sizes) for name, sizes in shape.linears.items() if _targets(lora, name))
-    return shape.layers * sum(each)
-
-
-def trained_state(shape: Shape, how: Setting) -> float:
-    """Bytes of what is trained beyond the base weights: factors in fp32, gradients, optimizer, copies."""
-    states = {"adamw": 8, "adamw_8bit": 2 + 8 / 256}.get(
-        how.optimizer, 0.0
-    )  # paged: evicted to the host under pressure
-    buckets = 4 if how.processes > 1 else 0  # DDP's, one number for each gradient
-    if how.lora is None:
-        copies = 2 if how.dtype == "bf16" else 0  # autocast casts each weight once, and keeps it for the backward pass
-        return shape.parameters * (4 + states + buckets + copies)
-    if how.hand_written:  # fp32 factors and gradients, and both in bf16; first factors with their filling
-        filled = shape.layers * sum(inputs * width for inputs, _, width in _stacks(shape, how.lora))
-        second = lora_parameters(shape, how.lora) * 0.5
-        return (filled + second) * 2 * (4 + how.size) + lora_parameters(shape, how.lora) * states
-    copies = 2 if how.dtype == "bf16" else 0
-    return lora_parameters(shape, how.lora) * (4 + 4 + states + buckets + copies)
-
-
 def training_pass(shape: Shape, how: Setting, batch: Batch) -> float:
     """Bytes that come and go with the largest micro-batch, at the beginning of its backward pass."""
     layer = kept_by_hand(shape, how, batch) if how.hand_written else kept_by_autograd(shape, how, batch)
@@ -188,7 +88,7 @@ def training_pass(shape: Shape, how: Setting, batch: Batch) -> float:
 def kept_by_autograd(shape: Shape, how: Setting, batch: Batch) -> float:
     """Bytes that autograd keeps of one layer."""
     e, tokens = how.size, batch.tokens
-    adapted = set(shape.linears) if how.lora is None else {n for n in shape.linears if _targets(how.lora, n)}
+    adapted = set(shape.linears) if how.lora is None else {n for n in shape.linears if targets(how.lora, n)}
     cast = how.dtype == "bf16" and (how.lora is None or not (how.quantization in FOUR_BIT and not how.dequantize))
     norms = (
         2 * 4 * shape.hidden * (1 if how.lora else 2)
@@ -233,7 +133,7 @@ def kept_by_hand(shape: Shape, how: Setting, batch: Batch) -> float:
         2 * shape.hidden  # x, middle
         + (shape.queries + 2 * shape.keys)  # qkv
         + 2 * shape.intermediate  # gate and up
-        + sum(inputs + width for inputs, _, width in _stacks(shape, how.lora))  # both norms' outputs, attended, gated
+        + sum(inputs + width for inputs, _, width in stacks(shape, how.lora))  # both norms' outputs, attended, gated
     )
     return float((how.size * numbers + 4 * (shape.heads + 2)) * batch.tokens)
 

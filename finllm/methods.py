@@ -34,7 +34,7 @@ class Training(Spec):
     shared_prefix: Literal["auto", "on", "off"] = "auto"
     """Compute the tokens that all prompts begin with once for a micro-batch; auto: wherever that is exact."""
     hand_written: Literal["auto", "on", "off"] = "auto"
-    """Use FinLLM's own forward and backward passes, on one GPU in bf16; auto: wherever they know the model's layers."""
+    """Use FinLLM's own forward and backward passes, on GPUs in bf16; auto: wherever they know the model's layers."""
     seed: int = Field(default=42, ge=0)
     """Order of the examples, initial adapters, dropout."""
     evals_per_epoch: int = Field(default=1, ge=1)

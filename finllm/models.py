@@ -55,11 +55,14 @@ def device_of(device: Literal["cuda", "cpu"], local_rank: int = 0) -> str:
     return f"cuda:{local_rank}" if device == "cuda" else "cpu"
 
 
-def load(spec: Model, *, dtype: Literal["bf16", "fp32"], device: str, dequantize: bool = False) -> Loaded:
+def load(
+    spec: Model, *, dtype: Literal["bf16", "fp32"], device: str, dequantize: bool = False, apart: bool = False
+) -> Loaded:
     """The base model in the form the recipe asks for; raises RunError where it cannot be had.
 
     `dequantize` turns 4-bit weights back into `dtype` once, instead of in every pass: the same values, so the same
-    function, for more memory and less time.
+    function, for more memory and less time. Weights that shall be taken `apart` are stored as numbers that FSDP and
+    ZeRO-3 can divide.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,7 +77,7 @@ def load(spec: Model, *, dtype: Literal["bf16", "fp32"], device: str, dequantize
             revision=spec.revision,
             dtype=kind,
             attn_implementation=spec.attention,
-            quantization_config=_quantization(spec, kind),
+            quantization_config=_quantization(spec, kind, apart=apart),
             device_map={"": device},
         )
     except (OSError, ValueError, ImportError) as error:
@@ -84,7 +87,7 @@ def load(spec: Model, *, dtype: Literal["bf16", "fp32"], device: str, dequantize
     return Loaded(model.eval(), tokenizer)
 
 
-def _quantization(spec: Model, kind: Any) -> Any:
+def _quantization(spec: Model, kind: Any, *, apart: bool) -> Any:
     from transformers import BitsAndBytesConfig
 
     if spec.quantization in FOUR_BIT:
@@ -93,6 +96,7 @@ def _quantization(spec: Model, kind: Any) -> Any:
             bnb_4bit_quant_type=spec.quantization,
             bnb_4bit_use_double_quant=spec.double_quantization,
             bnb_4bit_compute_dtype=kind,
+            bnb_4bit_quant_storage=kind if apart else None,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if spec.quantization == "int8" else None
 

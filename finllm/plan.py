@@ -10,16 +10,18 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from finllm import choices, machine
+from finllm import choices, machine, strategies
+from finllm.distributed import accelerate_yaml, deepspeed_config
 from finllm.errors import RecipeError
-from finllm.fitting import Place, fit
+from finllm.fitting import Place
 from finllm.lengths import Lengths
 from finllm.machine import Machine
 from finllm.memory import Estimate
 from finllm.methods import Training
-from finllm.recipe import Recipe
+from finllm.recipe import Recipe, Strategy
 from finllm.run import Run, read_json, write_json, write_text
 from finllm.shapes import shape_of
+from finllm.strategies import Considered
 from finllm.yamlfile import Spec
 
 PACKAGES = (
@@ -52,6 +54,8 @@ class Plan(Spec):
     """Machines that train together."""
     processes: int
     """Over all nodes; one for each GPU."""
+    strategy: Strategy
+    """How they share what is held and trained."""
     dtype: Literal["bf16", "fp32"]
     micro_batch: int
     """Examples in one forward pass of one process."""
@@ -68,6 +72,10 @@ class Plan(Spec):
     """Tokens in one scoring batch: the recipe's, or fewer where those would not fit."""
     memory: Estimate | None
     """None where the model's shape is not known before it is loaded."""
+    layer_parameters: int | None
+    """Weights of the linear layers of one block; None where the model's shape is not known."""
+    considered: tuple[Considered, ...] = ()
+    """Every strategy that several processes could use, with the memory that it would need."""
     texts: Lengths | None
     """Of the training texts; None where they are not at hand."""
     rows: Rows | None
@@ -85,7 +93,9 @@ class Plan(Spec):
     def save(self, run: Run) -> None:
         """Fill a new run folder: the plan, the resolved recipe, Accelerate's configuration."""
         write_text(run.recipe, recipe_yaml(self.recipe))
-        write_text(run.accelerate, accelerate_yaml(self))
+        write_text(run.accelerate, accelerate_yaml(self, run))
+        if self.strategy in ("zero2", "zero3"):
+            write_json(run.deepspeed, deepspeed_config(self))
         write_json(run.plan, self.model_dump(mode="json"))
 
     @classmethod
@@ -103,30 +113,46 @@ def decide(
     source: str,
     overrides: tuple[str, ...] = (),
     processes: int | None = None,
+    started: Strategy | None = None,
     texts: Lengths | None = None,
     nodes: int = 1,
     python: str = sys.executable,
 ) -> Plan:
     """What will happen when `recipe` runs on `here`, or on `nodes` machines like it; raises RecipeError where it cannot.
 
-    The main memory of `here` is that of all nodes, `python` the interpreter there. `processes` is given where something
-    else has already started them, `texts` where the training texts are at hand.
+    The main memory of `here` is that of all nodes, `python` the interpreter there. `processes` and `started`, their
+    strategy, are given where something else has already started them, `texts` where the training texts are at hand.
     """
     asked = recipe.resources
     here = here if asked.gpu is None else machine.imagined(asked.gpu, 1 if asked.gpus == "auto" else asked.gpus)
     gpus = len(here.gpus) if asked.gpus == "auto" else asked.gpus
     if gpus > len(here.gpus):
         raise RecipeError(f"resources.gpus is {gpus}, but {len(here.gpus)} can be seen here; write auto, or fewer")
-    count = processes or nodes * (gpus or asked.cpu_processes)
-    if recipe.train is None and processes is None:
-        count = nodes = 1
+    count = _count(recipe, gpus, nodes, processes)
+    nodes = nodes if count > 1 else 1
     reasons: list[str] = []
     dtype = _dtype(recipe, here, gpus, reasons)
     _refuse(recipe, gpus)
-    hand_written = choices.hand_written(recipe, here, gpus, count, dtype, reasons)
     each = _each(recipe, count)
-    place = _place(recipe, here, gpus, dtype, processes=count, hand_written=hand_written, rows=rows, texts=texts)
-    chosen = fit(recipe, place, each, reasons)
+
+    def place_of(strategy: Strategy, why: list[str]) -> Place:
+        """What the run must fit into; of several GPUs, the smallest counts."""
+        return Place(
+            device="cuda" if gpus else "cpu",
+            name=here.gpus[0].name if gpus else "",
+            dtype=dtype,
+            processes=count,
+            strategy=strategy,
+            offload=recipe.distributed.offload,
+            memory_gib=min(gpu.memory_gib for gpu in here.gpus[:gpus]) if gpus else here.memory_gib,
+            shape=shape_of(recipe.model),
+            texts=texts,
+            scored_texts=max(rows.validation, rows.test) if rows else None,
+            hand_written=choices.hand_written(recipe, here, gpus, strategy, dtype, why),
+        )
+
+    choice = strategies.choose(recipe, place_of, processes=count, each=each, started=started, reasons=reasons)
+    place, chosen = choice.place, choice.fit
     return Plan(
         name=folder.name,
         recipe=recipe,
@@ -136,15 +162,18 @@ def decide(
         gpu=place.name,
         nodes=nodes,
         processes=count,
+        strategy=place.strategy,
         dtype=dtype,
         micro_batch=chosen.micro_batch,
         accumulation=each // chosen.micro_batch,
         gradient_checkpointing=chosen.checkpointing,
         dequantize=chosen.dequantize,
         shared_prefix=choices.shared_prefix(recipe, chosen.micro_batch, reasons),
-        hand_written=hand_written,
+        hand_written=place.hand_written,
         batch_tokens=chosen.batch_tokens,
         memory=chosen.memory,
+        layer_parameters=place.shape.linear_parameters // place.shape.layers if place.shape else None,
+        considered=choice.considered,
         texts=texts,
         rows=rows,
         steps=steps_of(recipe.train, rows.train) if recipe.train and rows else None,
@@ -156,22 +185,13 @@ def decide(
     )
 
 
-def _place(
-    recipe: Recipe, here: Machine, gpus: int, dtype: Literal["bf16", "fp32"], *, processes: int, hand_written: bool,
-    rows: Rows | None, texts: Lengths | None,
-) -> Place:  # fmt: skip
-    """What the run must fit into; of several GPUs, the smallest counts."""
-    return Place(
-        device="cuda" if gpus else "cpu",
-        name=here.gpus[0].name if gpus else "",
-        dtype=dtype,
-        processes=processes,
-        memory_gib=min(gpu.memory_gib for gpu in here.gpus[:gpus]) if gpus else here.memory_gib,
-        shape=shape_of(recipe.model),
-        texts=texts,
-        scored_texts=max(rows.validation, rows.test) if rows else None,
-        hand_written=hand_written,
-    )
+def _count(recipe: Recipe, gpus: int, nodes: int, started: int | None) -> int:
+    """Processes of the run, over all nodes."""
+    if started is not None:
+        return started
+    if recipe.train is None or recipe.distributed.strategy == "single":
+        return 1
+    return nodes * (gpus or recipe.resources.cpu_processes)
 
 
 def _dtype(recipe: Recipe, here: Machine, gpus: int, reasons: list[str]) -> Literal["bf16", "fp32"]:
@@ -231,26 +251,6 @@ def _commands(recipe: Recipe, folder: Path, python: str) -> dict[str, tuple[str,
     accelerate = (python, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(run.accelerate))
     commands = {} if recipe.train is None else {"train": (*accelerate, "-m", "finllm.train", str(folder))}
     return {**commands, "evaluate": (python, "-m", "finllm.evaluate", str(folder))}
-
-
-def accelerate_yaml(plan: Plan) -> str:
-    """Accelerate's configuration file, complete, so that the user's default file changes nothing."""
-    several = plan.processes > 1
-    lines = {  # read as YAML 1.1, where a bare no is false
-        "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "MULTI_GPU" if several else "'NO'",  # MULTI_GPU with use_cpu is gloo
-        "mixed_precision": "bf16" if plan.dtype == "bf16" else "'no'",
-        "num_machines": plan.nodes,
-        "machine_rank": 0,
-        "main_process_port": 0,  # a free one, so that two runs can share a machine; of several nodes, in the command
-        "num_processes": plan.processes,
-        "use_cpu": str(plan.device == "cpu").lower(),
-        "rdzv_backend": "static" if plan.nodes == 1 else "c10d",
-        "same_network": "true",
-        "main_training_function": "main",
-        "debug": "false",
-    }
-    return "".join(f"{key}: {value}\n" for key, value in lines.items())
 
 
 def recipe_yaml(recipe: Recipe) -> str:

@@ -12,6 +12,9 @@ from finllm.yamlfile import Spec, listed, named
 
 Quantization = Literal["none", "nf4", "fp4", "int8"]
 FOUR_BIT: tuple[Quantization, ...] = ("nf4", "fp4")
+Strategy = Literal["single", "ddp", "zero2", "fsdp", "zero3"]
+SHARDED: tuple[Strategy, ...] = ("zero2", "fsdp", "zero3")
+"""Strategies under which no process holds all that is trained."""
 
 
 class Model(Spec):
@@ -110,6 +113,24 @@ class Resources(Spec):
         return self
 
 
+class Distributed(Spec):
+    """How the GPUs (or processes) of a run share its work and its memory; docs/distributed.md compares them."""
+
+    strategy: Literal["auto", Strategy] = "auto"
+    """single: one process. ddp: each holds everything. zero2 (DeepSpeed): gradients and optimizer states are shared out.
+    fsdp (torch), zero3 (DeepSpeed): weights too. auto: the first of ddp, zero2, fsdp that fits into memory."""
+    offload: bool = False
+    """Hold what is shared out in the host's memory while it is not needed: slower, and least memory on the GPU."""
+
+    @model_validator(mode="after")
+    def _shares_something(self) -> "Distributed":
+        if self.offload and self.strategy not in SHARDED:
+            raise ValueError(
+                f"offload is for what is shared out; strategy is {self.strategy}, write {', '.join(SHARDED)}"
+            )
+        return self
+
+
 class Recipe(Spec):
     """One experiment: a base model, data, a method, and what to compare at the end."""
 
@@ -130,6 +151,7 @@ class Recipe(Spec):
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
     resources: Resources = Resources()
+    distributed: Distributed = Distributed()
 
     @model_validator(mode="after")
     def _agrees(self) -> "Recipe":
@@ -140,10 +162,32 @@ class Recipe(Spec):
             )
         if self.train is not None and self.train.shared_prefix == "on" and (why := self.prefix_not_shared_because):
             raise ValueError(f"train.shared_prefix is on, but {why}; write auto, or change that")
+        self._refuse_strategy()
         names = [spec.title for spec in self.data]
         if len(set(names)) < len(names):
             raise ValueError(f"data names the same set twice ({', '.join(names)}); give each its own `alias`")
         return self
+
+    def _refuse_strategy(self) -> None:
+        """What the strategy cannot carry out, on any machine."""
+        strategy, train = self.distributed.strategy, self.train
+        if train is None or strategy not in SHARDED:
+            return
+        if strategy != "zero2" and self.model.quantization == "int8":
+            raise ValueError(
+                f"distributed.strategy is {strategy} but model.quantization is int8: LLM.int8() keeps statistics of whole "
+                "rows beside its weights, which cannot be shared out. Write nf4, or strategy ddp or zero2"
+            )
+        if train.optimizer != "adamw":
+            raise ValueError(
+                f"distributed.strategy is {strategy} but train.optimizer is {train.optimizer}: bitsandbytes' optimizers "
+                "know only whole tensors. Write adamw (distributed.offload holds its states on the host)"
+            )
+        if train.hand_written == "on":
+            raise ValueError(
+                f"distributed.strategy is {strategy} but train.hand_written is on: the hand-written passes need all "
+                "weights in one place. Write hand_written: auto, or strategy ddp"
+            )
 
     @property
     def explanations(self) -> Explanations | None:

@@ -40,6 +40,11 @@ class Run:
         return self.folder / "accelerate.yaml"
 
     @property
+    def deepspeed(self) -> Path:
+        """DeepSpeed's configuration file, where it trains."""
+        return self.folder / "deepspeed.json"
+
+    @property
     def state(self) -> Path:
         """Written by whoever started the run."""
         return self.folder / "state.json"

@@ -75,11 +75,13 @@ def score(
     batch_tokens: int,
     steps: Steps | None = None,
     engine: Engine | None = None,
+    batches: Sequence[list[int]] | None = None,
 ) -> NDArray[np.float64]:
     """Log-probabilities, (prompts, answers) in nats, of each whole answer after each prompt.
 
     The result does not depend on `batch_tokens`, the most tokens in one pass, beyond rounding. An `engine` of the
-    model is used, or made where there is a GPU for it.
+    model is used, or made where there is a GPU for it. `batches` are the prompts of each pass without one, where that
+    is not for this process alone to decide.
     """
     if not prompts:
         return np.zeros((0, len(answers)))
@@ -94,12 +96,13 @@ def score(
     shared = shared_length(prompts)
     if not sees_all(model, max(map(len, prompts)) + max(map(len, answers))):
         if tree.tokens:
-            return _token_by_token(model, prompts, answers, batch_tokens, steps)
+            return _token_by_token(model, prompts, answers, batch_tokens, steps, batches)
         shared = 0
     result = np.zeros((len(prompts), len(answers)))
     with torch.inference_mode():
         prefix = keys_and_values(model, prompts[0][:shared]) if shared else []
-        for batch in batches_of([len(p) - shared for p in prompts], len(tree.tokens), batch_tokens):
+        own = batches_of([len(p) - shared for p in prompts], len(tree.tokens), batch_tokens)
+        for batch in own if batches is None else batches:
             rows = _score_batch(model, prefix, [prompts[i] for i in batch], shared, tree)
             result[batch] = rows.double().cpu().numpy()  # the one copy to the host
             if steps is not None:
@@ -131,6 +134,7 @@ def _token_by_token(
     answers: Sequence[tuple[int, ...]],
     batch_tokens: int,
     steps: Steps | None,
+    batches: Sequence[list[int]] | None,
 ) -> NDArray[np.float64]:
     """Scores without a tree of labels: each token of a label costs a pass over the prompts."""
     nexts: dict[tuple[int, ...], list[int]] = {}
@@ -144,6 +148,7 @@ def _token_by_token(
             [(token,) for token in tokens],
             batch_tokens=batch_tokens,
             steps=None if start else steps,
+            batches=batches,
         )
         for start, tokens in nexts.items()
     }

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from finllm import checkpoints, data, library, machine, models
+from finllm import checkpoints, data, distributed, library, machine, models
 from finllm.errors import DataError, FinllmError, RecipeError, RunError
 from finllm.exhaustion import cause_of
 from finllm.learnt import counted
@@ -89,8 +89,11 @@ def _processes() -> Any:
     import torch
     from accelerate import PartialState
 
-    # Without cpu=True, processes on a machine without a GPU would not know each other, and each train alone.
-    return PartialState(cpu=not torch.cuda.is_available())
+    if torch.cuda.is_available():
+        return PartialState()
+    if distributed.by_deepspeed():
+        return distributed.deepspeed_on_cpu()
+    return PartialState(cpu=True)  # without it, processes would not know each other, and each train alone
 
 
 def _prepare(
@@ -132,6 +135,7 @@ def _make_run(given: Path | Recipe, overrides: tuple[str, ...], processes: Any, 
         source=str(run.recipe if isinstance(given, Recipe) else given),
         overrides=overrides,
         processes=processes.num_processes,
+        started=distributed.started(processes.num_processes),
         texts=texts,
     )
     plan.save(run)

@@ -1,10 +1,12 @@
 """A plan for less memory, after a run has shown that the one before needed too much."""
 
+from dataclasses import replace
 from typing import Literal
 
-from finllm import choices, fitting
-from finllm.fitting import FEWEST_SCORED_TOKENS, FILLED_SHARE, Fit, Place
+from finllm import choices
+from finllm.fitting import FEWEST_SCORED_TOKENS, FILLED_SHARE, Fit, Place, divisors, measured
 from finllm.plan import Plan
+from finllm.recipe import Recipe
 from finllm.shapes import shape_of
 
 ADVICE = (
@@ -26,7 +28,7 @@ def lowered(plan: Plan, stage: Literal["train", "evaluate"]) -> tuple[Plan, str]
             return None
         return plan.model_copy(update={"batch_tokens": fewer}), f"scoring batches of {fewer} tokens"
     each = plan.micro_batch * plan.accumulation
-    after = fitting.lowered(plan.recipe, _place(plan), each, before)
+    after = _less(plan.recipe, _place(plan), each, before)
     if after is None:
         return None
     changes = {
@@ -47,6 +49,23 @@ def lowered(plan: Plan, stage: Literal["train", "evaluate"]) -> tuple[Plan, str]
     return plan.model_copy(update={**changes, "reasons": (*plan.reasons, f"out of memory before: {said}")}), said
 
 
+def _less(recipe: Recipe, place: Place, each: int, before: Fit) -> Fit | None:
+    """What needs less memory than a choice that ran out of it; None where nothing is left to give up."""
+    batch_tokens = max(FEWEST_SCORED_TOKENS, before.batch_tokens // 2)
+    batch_tokens = min(batch_tokens, before.batch_tokens)
+    if before.micro_batch > 1:
+        size = next(size for size in divisors(each) if size <= before.micro_batch // 2)
+        choice = replace(before, micro_batch=size, batch_tokens=batch_tokens)
+    elif recipe.train is not None and not before.checkpointing:
+        packed = before.dequantize and place.device == "cpu"
+        choice = replace(before, checkpointing=True, dequantize=packed, batch_tokens=batch_tokens)
+    elif batch_tokens < before.batch_tokens:
+        choice = replace(before, batch_tokens=batch_tokens)
+    else:
+        return None
+    return choice if place.shape is None else measured(recipe, place, choice)
+
+
 def _place(plan: Plan) -> Place:
     limit = plan.memory.limit if plan.memory else None
     shared_by = plan.processes if plan.device == "cpu" else 1
@@ -55,6 +74,8 @@ def _place(plan: Plan) -> Place:
         name=plan.gpu,
         dtype=plan.dtype,
         processes=plan.processes,
+        strategy=plan.strategy,
+        offload=plan.recipe.distributed.offload,
         memory_gib=None if limit is None else limit * shared_by / FILLED_SHARE,
         shape=shape_of(plan.recipe.model) if plan.memory else None,
         texts=plan.texts,

@@ -17,6 +17,7 @@ from finllm.memory import described
 from finllm.plan import Plan
 from finllm.recipe import Recipe, load
 from finllm.run import Progress, Run, State
+from finllm.strategies import Considered
 from launch import BACKENDS, shipped
 from launch.place import Seen
 from launch.show import called, clock
@@ -53,7 +54,7 @@ def plan_lines(plan: Plan, folder: Path) -> list[str]:
         "recipe": " ".join([plan.source, *plan.overrides]),
         "model": f"{recipe.model.name}{'' if recipe.model.quantization == 'none' else f', {recipe.model.quantization}'}",
         "data": ", ".join(spec.title for spec in recipe.data) + "; " + _counted(rows.model_dump() if rows else None),
-        "device": f"{plan.gpu or plan.device}, {plan.processes} process(es), {plan.dtype}",
+        "device": f"{plan.gpu or plan.device}, {_processes(plan)}, {plan.dtype}",
     }
     if recipe.train is not None:
         facts["method"] = _method(recipe)
@@ -64,7 +65,28 @@ def plan_lines(plan: Plan, folder: Path) -> list[str]:
         facts["memory"] = "not estimated" if plan.memory is None else described(plan.memory, plan.device)
         facts["steps"] = "known once the data is counted" if plan.steps is None else str(plan.steps)
     facts["because"] = "; ".join(plan.reasons)
-    return [f"{name:8} {text}" for name, text in facts.items() if text]
+    lines = [f"{name:8} {text}" for name, text in facts.items() if text]
+    return [
+        *lines,
+        *(f"{'' if number else 'choices':8} {_considered(one)}" for number, one in enumerate(plan.considered)),
+    ]
+
+
+def _processes(plan: Plan) -> str:
+    nodes = f" on {plan.nodes} nodes" if plan.nodes > 1 else ""
+    return f"{plan.processes} process(es){nodes}{'' if plan.strategy == 'single' else f' ({plan.strategy})'}"
+
+
+def _considered(one: Considered) -> str:
+    """A strategy with the memory of one process under it."""
+    if one.memory is None:
+        return f"{one.strategy:6} {one.why_not}"
+    memory, limit = one.memory, one.memory.limit
+    verdict = "" if limit is None else f" of {limit:.1f}{'' if memory.total <= limit else ': too much'}"
+    return (
+        f"{one.strategy:6} {memory.total:.1f} GiB{verdict} at micro-batch {one.micro_batch}: weights {memory.weights:.1f}, "
+        f"trained {memory.trained:.1f}, activations {memory.activations:.1f}, other {memory.other:.1f}"
+    )
 
 
 def command_lines(plan: Plan) -> list[str]:

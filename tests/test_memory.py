@@ -9,20 +9,10 @@ import pytest
 from finllm import data, memory, shapes
 from finllm.data.sample import Sample
 from finllm.example import Example
+from finllm.holding import Setting, lora_parameters, state_bytes, weight_bytes
 from finllm.lengths import Batch, Lengths, largest_batch, lengths_of, pieces
 from finllm.machine import Machine
-from finllm.memory import (
-    GIB,
-    Setting,
-    estimate,
-    kept_by_autograd,
-    kept_by_hand,
-    lora_parameters,
-    scoring_pass,
-    trained_state,
-    training_pass,
-    weights,
-)
+from finllm.memory import GIB, estimate, kept_by_autograd, kept_by_hand, scoring_pass, training_pass
 from finllm.plan import Rows, decide
 from finllm.recipe import Lora, Model, Prompt, load
 from finllm.shapes import Shape, from_config, shape_of
@@ -270,21 +260,25 @@ def test_the_estimate_is_near_measured_peaks(how: Setting, batch: Batch, peak: f
 def test_weights_in_four_bits_take_what_the_paper_says() -> None:
     """0.127 bits for a weight's scales with double quantisation, 0.5 without (arXiv 2305.14314, section 3)."""
     bits = [
-        8 * weights(MISTRAL, Setting("cuda", "bf16", quantization="nf4", double_quantization=d, lora=LORA))
+        8 * weight_bytes(MISTRAL, Setting("cuda", "bf16", quantization="nf4", double_quantization=d, lora=LORA))
         for d in (True, False)
     ]
     rest = 16 * (MISTRAL.embedding_parameters + MISTRAL.norm_parameters)
     assert [(b - rest) / MISTRAL.linear_parameters for b in bits] == pytest.approx([4.127, 4.5], abs=1e-3)
     unpacked = Setting("cuda", "bf16", quantization="nf4", dequantize=True, lora=LORA)
-    assert weights(MISTRAL, unpacked) == weights(MISTRAL, Setting("cuda", "bf16", lora=LORA)) == 2 * MISTRAL.parameters
+    assert (
+        weight_bytes(MISTRAL, unpacked)
+        == weight_bytes(MISTRAL, Setting("cuda", "bf16", lora=LORA))
+        == 2 * MISTRAL.parameters
+    )
 
 
 def test_full_training_needs_sixteen_bytes_a_weight_and_a_copy() -> None:
     """fp32 weights, gradients, two moments; and autocast's copies."""
     how = Setting("cuda", "bf16", lora=None)
-    assert weights(MISTRAL, how) + trained_state(MISTRAL, how) == 18 * MISTRAL.parameters
+    assert weight_bytes(MISTRAL, how) + state_bytes(MISTRAL, how) == 18 * MISTRAL.parameters
     in_fp32 = Setting("cpu", "fp32", lora=None)
-    assert weights(MISTRAL, in_fp32) + trained_state(MISTRAL, in_fp32) == 16 * MISTRAL.parameters
+    assert weight_bytes(MISTRAL, in_fp32) + state_bytes(MISTRAL, in_fp32) == 16 * MISTRAL.parameters
 
 
 def test_adapters_are_counted_by_their_targets() -> None:
@@ -292,7 +286,7 @@ def test_adapters_are_counted_by_their_targets() -> None:
     assert lora_parameters(MISTRAL, LORA) == 41_943_040
     assert lora_parameters(MISTRAL, Lora(rank=16, targets=("q_proj", "v_proj"))) == 32 * 16 * (8192 + 5120)
     paged = Setting("cuda", "bf16", lora=LORA, optimizer="paged_adamw_32bit")
-    assert trained_state(MISTRAL, Setting("cuda", "bf16", lora=LORA)) - trained_state(MISTRAL, paged) == 8 * 41_943_040
+    assert state_bytes(MISTRAL, Setting("cuda", "bf16", lora=LORA)) - state_bytes(MISTRAL, paged) == 8 * 41_943_040
 
 
 def test_hand_written_passes_keep_what_their_layers_hold() -> None:

@@ -10,10 +10,11 @@ import pytest
 from ruamel.yaml import YAML
 
 from finllm import machine
+from finllm.distributed import accelerate_yaml
 from finllm.errors import RecipeError, RunError
 from finllm.lengths import Lengths
 from finllm.machine import Gpu, Machine
-from finllm.plan import Plan, Rows, accelerate_yaml, decide, recipe_yaml
+from finllm.plan import Plan, Rows, decide, recipe_yaml
 from finllm.recipe import Recipe, load
 from finllm.run import create
 from launch import shipped
@@ -301,7 +302,7 @@ def test_accelerate_is_told_what_the_plan_says(tmp_path: Path, gpus: int) -> Non
     found = plan(tmp_path, "train.global_batch=16", here=Machine((H100,) * gpus, 4))
     reader = YAML(typ="safe", pure=True)
     reader.version = (1, 1)
-    written = reader.load(accelerate_yaml(found))
+    written = reader.load(accelerate_yaml(found, create(tmp_path, "one")))
     assert written["num_processes"] == max(1, gpus)
     assert written["distributed_type"] == ("MULTI_GPU" if gpus > 1 else "NO")
     assert written["mixed_precision"] == ("bf16" if gpus else "no")

@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
-from finllm import checkpoints, data, metrics, models, scoring, shared_prefix, tracking
+from finllm import checkpoints, data, metrics, models, shared_prefix, spread, tracking
 from finllm.data import Parts
 from finllm.errors import RunError
+from finllm.distributed import APART
 from finllm.example import LABELS
 from finllm.fast.engine import Engine
 from finllm.learnt import initial_adapter, learnt
@@ -20,7 +20,7 @@ from finllm.plan import Plan, steps_of
 from finllm.progress import steps
 from finllm.prompts import Prompter
 from finllm.run import Run
-from finllm.training import dpo, handwritten, sft, sharing
+from finllm.training import dpo, handwritten, sft, sharded, sharing
 from finllm.training.arguments import arguments
 from finllm.training.stopping import StopRequests
 from finllm.training.watching import LossWatch, OnValidation, Watcher, memory_gib
@@ -44,6 +44,7 @@ def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: in
         dtype=_weights_dtype(plan),
         device=models.device_of(plan.device, local_rank),
         dequantize=plan.dequantize,
+        apart=plan.strategy in APART,
     )
     prompter = Prompter(loaded.tokenizer, recipe.prompt)
     rows = method.encode(items, prompter, recipe)
@@ -121,18 +122,15 @@ def _validation(model: Any, parts: Parts, prompter: Prompter, plan: Plan, engine
     gold = np.array([LABELS.index(e.label) for e in examples])
 
     def validate() -> dict[str, float]:
-        rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        with shared_prefix.attending(model, streams=False):
-            mine = scoring.score(
+        with shared_prefix.attending(model, streams=False), sharded.entered(model):
+            rows = spread.score(
                 model,
-                prompts[rank::processes],
+                prompts,
                 answers,
                 batch_tokens=plan.batch_tokens,
                 engine=engine,
+                in_step=plan.strategy in APART,
             )
-        rows = np.zeros((len(prompts), len(LABELS)))
-        for other, part in enumerate(_gather(mine, processes)):
-            rows[other::processes] = part
         predicted = rows.argmax(axis=1)
         return {
             "loss": float(-rows[np.arange(len(gold)), gold].mean()),
@@ -141,14 +139,6 @@ def _validation(model: Any, parts: Parts, prompter: Prompter, plan: Plan, engine
         }
 
     return validate
-
-
-def _gather(mine: Any, processes: int) -> list[Any]:
-    if processes == 1:
-        return [mine]
-    parts: list[Any] = [None] * processes
-    dist.all_gather_object(parts, mine)
-    return parts
 
 
 def _callbacks(spec: Training, watcher: Watcher, *, validates: bool) -> list[Any]:

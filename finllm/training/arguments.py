@@ -4,6 +4,7 @@ from typing import Any
 
 from trl import DPOConfig, SFTConfig
 
+from finllm.distributed import DEEPSPEED
 from finllm.methods import Dpo
 from finllm.plan import Plan, steps_of, steps_per_epoch
 from finllm.run import Run
@@ -47,14 +48,14 @@ def _shared(run: Run, plan: Plan, rows: int, *, validates: bool, engine: bool) -
         "warmup_steps": round(spec.warmup_share * total),
         "weight_decay": spec.weight_decay,
         "max_grad_norm": spec.max_grad_norm,
-        "optim": OPTIMIZERS[spec.optimizer, plan.device],
+        "optim": "adamw_torch" if plan.strategy in DEEPSPEED else OPTIMIZERS[spec.optimizer, plan.device],
         "seed": spec.seed,
         "bf16": plan.dtype == "bf16",
-        "use_cpu": plan.device == "cpu",
-        "ddp_backend": "gloo" if plan.device == "cpu" and plan.processes > 1 else None,
-        "ddp_find_unused_parameters": False if plan.processes > 1 else None,
+        "use_cpu": plan.device == "cpu" and plan.strategy not in DEEPSPEED,
+        "ddp_backend": "gloo" if plan.device == "cpu" and plan.strategy != "single" else None,
+        "ddp_find_unused_parameters": False if plan.strategy == "ddp" else None,
         "gradient_checkpointing": checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        "gradient_checkpointing_kwargs": {"use_reentrant": plan.strategy == "zero3"} if checkpointing else None,
         "eval_strategy": "steps" if validates else "no",
         "eval_steps": every,
         "save_strategy": "steps",

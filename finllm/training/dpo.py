@@ -20,17 +20,18 @@ from trl import DPOConfig, DPOTrainer
 from finllm import last_layer
 from finllm.fast import pairs as fast_pairs
 from finllm.fast.engine import Engine, pinned, ready
-from finllm.training import batches, pairs
+from finllm.training import batches, pairs, sharded
 from finllm.training.handwritten import MULTIPLE
 from finllm.training.pairs import PairRow
 from finllm.training.preferring import MEASURED, Loss, judge
+from finllm.training.sharded import Shared
 from finllm.training.watching import LossWatch, OnValidation, validated
 
 REFERENCE = "ref"
 """TRL's name for the adapter that it copies."""
 
 
-class Dpo(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
+class Dpo(Shared, DPOTrainer):  # type: ignore[misc]  # TRL ships no types
     """TRL's DPOTrainer, with the loss of whole steps, an order of pairs that any machine repeats, and no copy of anything."""
 
     loss_is_scaled_for_ga = True
@@ -144,7 +145,7 @@ class Dpo(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         """Of both answers of each pair, (2 x pairs,) in nats, the chosen ones first."""
         if self._engine is not None:
             return self._engine.log_probabilities_of_pairs(batch["stream"])
-        return log_probabilities(model, self._prepare_inputs(batch))
+        return log_probabilities(model, self._prepare_inputs(batch), fused=not self.weights_are_apart)
 
     def _note(self, measured: Tensor) -> None:
         self._measured = measured if self._measured is None else self._measured + measured
@@ -200,10 +201,12 @@ def loss_of(arguments: DPOConfig) -> Loss:
     return Loss(kind, arguments.beta, sum(weights))
 
 
-def log_probabilities(model: Any, batch: dict[str, Any]) -> Tensor:
+def log_probabilities(model: Any, batch: dict[str, Any], *, fused: bool = True) -> Tensor:
     """Of both answers of each pair, (2 x pairs,) in nats, by the model's own passes over rows or a stream."""
     inputs = batch["inputs"]
     if "read" not in batch:
+        if not fused:
+            return sharded.log_probabilities(model, inputs).sum(dim=1)
         found: Tensor = model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum(dim=1)
         return found
     places, tokens, sequences = batch["read"]

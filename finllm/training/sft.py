@@ -14,15 +14,16 @@ from finllm.fast.engine import Engine
 from finllm.prompts import Prompter
 from finllm.recipe import Recipe
 from finllm.shared_prefix import IGNORED
-from finllm.training import batches, handwritten
+from finllm.training import batches, handwritten, sharded
 from finllm.training.batches import EpochLoader, Row
+from finllm.training.sharded import Shared
 from finllm.training.watching import LossWatch, OnValidation, validated
 
 Collate = Callable[[Sequence[Row | None]], dict[str, Any]]
 """Makes a batch of rows: batches.pad, or batches.stream."""
 
 
-class Sft(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
+class Sft(Shared, SFTTrainer):  # type: ignore[misc]  # TRL ships no types
     """TRL's SFTTrainer, less its host synchronisations, with an order of examples that any machine repeats."""
 
     pad, stream, packed = staticmethod(batches.pad), staticmethod(batches.stream), staticmethod(handwritten.packed)
@@ -100,7 +101,7 @@ class Sft(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
         """Mean cross-entropy of the answer tokens of the whole optimizer step, over all processes."""
         assert not return_outputs, "validation goes through the scorer, which needs no outputs of this"
         meta = inputs.pop("meta")
-        loss = _sum_of_losses(model, inputs, meta.get("weights")) / num_items_in_batch
+        loss = _sum_of_losses(model, inputs, meta.get("weights"), fused=not self.weights_are_apart) / num_items_in_batch
         self._losses.add(loss, meta)
         whole: torch.Tensor = loss * self.accelerator.num_processes  # DDP averages over processes; the count is of all
         return whole
@@ -113,21 +114,25 @@ class Sft(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
         return validated(self, self._validation)
 
 
-def _sum_of_losses(model: Any, inputs: dict[str, Any], weights: torch.Tensor | None) -> torch.Tensor:
+def _sum_of_losses(model: Any, inputs: dict[str, Any], weights: torch.Tensor | None, *, fused: bool) -> torch.Tensor:
     """Cross-entropy in nats, summed over the learnt tokens of a batch; the head runs on the rows that predict them.
 
-    `weights` are those of the learnt tokens, in their order; None is 1 for all.
+    `weights` are those of the learnt tokens, in their order; None is 1 for all. TRL's head is `fused` where it can be.
     """
     labels = inputs["labels"]
-    if labels.device.type == "cpu" and len(labels) == 1:  # TRL's fused head leaves rows out on a GPU only
+    if len(labels) == 1 and (
+        labels.device.type == "cpu" or not fused
+    ):  # TRL's fused head leaves rows out on a GPU only
         predicting = (labels[0, 1:] != IGNORED).nonzero().squeeze(1)
         rest = {name: value for name, value in inputs.items() if name != "labels"}
         with last_layer.only(model, predicting):
             logits = model(**rest, use_cache=False, logits_to_keep=predicting).logits[0]  # (answer tokens, vocabulary)
         losses = torch.nn.functional.cross_entropy(logits.float(), labels[0, predicting + 1], reduction="none")
         return losses.sum() if weights is None else losses @ weights
-    log_p = model(
-        **inputs, use_cache=False, fused_lm_head=True
-    ).log_probs  # (rows, longest - 1), 0 where nothing is learnt
+    log_p = (  # (rows, longest - 1), 0 where nothing is learnt
+        model(**inputs, use_cache=False, fused_lm_head=True).log_probs
+        if fused
+        else sharded.log_probabilities(model, inputs)
+    )
     total: torch.Tensor = log_p.sum() if weights is None else log_p[labels[:, 1:] != IGNORED] @ weights
     return -total

@@ -1,0 +1,101 @@
+"""What differs where processes share out weights and what is trained: the accelerator, and saving whole weights."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from finllm.shared_prefix import IGNORED
+
+
+class Shared:
+    """For trainers: weights are saved whole and in fp32, in the ordinary format, however they are shared out."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Accelerate as configured; it gives FSDP to GPUs alone, while gloo does it on a CPU, too."""
+        from accelerate.state import PartialState
+        from accelerate.utils import DistributedType
+
+        if self.args.use_cpu and os.environ.get("ACCELERATE_USE_FSDP") == "true":  # type: ignore[attr-defined]
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # noqa: SLF001 -- read as: not one
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+
+    @property
+    def weights_are_apart(self) -> bool:
+        """Whether each process holds a part of the weights, and all take part in each pass."""
+        if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+            return bool(self.accelerator.state.deepspeed_plugin.zero_stage == 3)  # type: ignore[attr-defined]
+        return bool(self.is_fsdp_enabled)  # type: ignore[attr-defined]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The trained weights, in PEFT's or Transformers' format; by the first process, all taking part."""
+        by_parts = self.is_fsdp_enabled or self.is_deepspeed_enabled  # type: ignore[attr-defined]
+        if not by_parts:
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            return
+        folder = Path(output_dir or self.args.output_dir)  # type: ignore[attr-defined]
+        weights = whole(self.model)  # type: ignore[attr-defined]
+        if self.args.should_save:  # type: ignore[attr-defined]
+            folder.mkdir(parents=True, exist_ok=True)
+            model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+            model.save_pretrained(str(folder), state_dict=weights)
+            torch.save(self.args, folder / "training_args.bin")  # type: ignore[attr-defined]
+        self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
+
+
+def whole(model: Any) -> dict[str, Tensor]:
+    """The trained weights by name, in the host's memory; every process must ask for them."""
+    model = getattr(model, "module", model)
+    return {name: _whole(p).detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    if isinstance(parameter, DTensor):
+        gathered: Tensor = parameter.full_tensor()
+        return gathered
+    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        master: Tensor = safe_get_full_fp32_param(parameter)
+        return master
+    return parameter
+
+
+@contextmanager
+def entered(model: Any) -> Iterator[None]:
+    """While open, parts of a model can be called by themselves: FSDP gathers what is in no layer.
+
+    It would gather that when the model as a whole is called; layers it gathers by themselves, one at a time.
+    """
+    units = [m for name, m in model.named_modules() if isinstance(m, FSDPModule) and not re.search(r"layers\.\d+$", name)]
+    for unit in units:
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+
+
+def log_probabilities(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Log-probabilities, (rows, longest - 1), of the learnt tokens of padded rows, 0 elsewhere: as by TRL's fused head.
+
+    That reads the head's weights where they may not be; here the head is called, on the places that any row needs.
+    """
+    labels = inputs["labels"]
+    targets = labels[:, 1:]
+    places = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
+    rest = {name: value for name, value in inputs.items() if name != "labels"}
+    logits = model(**rest, use_cache=False, logits_to_keep=places).logits  # (rows, places, vocabulary)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    found = -torch.nn.functional.cross_entropy(
+        wide.flatten(0, 1), targets[:, places].flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return found.new_zeros(targets.shape).index_copy(1, places, found.view(len(targets), -1))
