@@ -110,7 +110,9 @@ def trls(
 def in_order(rows: Sequence[Row], steps: int) -> list[Row]:
     """The rows of all steps, as our trainer takes them, epoch after epoch."""
     assert len(rows) % STEP == 0, len(rows)
-    order = GlobalBatches(len(rows), micro_batch=STEP, accumulation=1, rank=0, processes=1, seed=SEED)
+    order = GlobalBatches(
+        [row.tokens for row in rows], micro_batch=STEP, accumulation=1, rank=0, processes=1, seed=SEED
+    )
     taken: list[Row] = []
     epoch = 0
     while len(taken) < steps * STEP:

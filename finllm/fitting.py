@@ -147,6 +147,8 @@ def _ways(recipe: Recipe, place: Place) -> Iterator[tuple[bool, bool]]:
         ways = [(False, False), (False, True)]
     elif place.device == "cpu":  # a CPU takes longer to unpack weights than to compute activations again
         ways = [(True, False), (True, True), (False, True)]
+        if place.strategy in ("fsdp", "zero3"):  # bitsandbytes' CPU kernels misread 4-bit weights that can be divided
+            ways.pop()
     elif asked is True:  # who asks for little memory does not want its weights in 16 bits
         ways = [(False, True)]
     else:

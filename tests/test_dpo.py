@@ -301,7 +301,9 @@ def test_a_whole_run_ends_in_the_weights_of_trls_own_trainer(by: str, tiny_model
     trainer = ours(model(), given, tiny_model, tmp_path / "ours", by=by, **sizes)
     found, losses = trained(trainer, streams=by == "streams")
     order = [
-        i for batch in GlobalBatches(32, micro_batch=4, accumulation=2, rank=0, processes=1, seed=3) for i in batch
+        i
+        for batch in GlobalBatches([1] * 32, micro_batch=4, accumulation=2, rank=0, processes=1, seed=3)
+        for i in batch
     ]
     theirs = trls(model(), [given[i] for i in order], tiny_model, tmp_path / "theirs", **sizes)
     expected, their_losses = trained(theirs, streams=False)

@@ -506,7 +506,7 @@ def test_a_whole_run_ends_in_the_weights_of_trls_own_trainer(tiny_model: Path, t
     sizes: dict[str, Any] = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
     _, found, losses = trained(tiny_model, tmp_path / "ours", partial(stream, multiple=8), 96, lora=lora, **sizes)
     rows_in_order = text_rows(tiny_model, 96)
-    order = GlobalBatches(96, micro_batch=8, accumulation=2, rank=0, processes=1, seed=3)
+    order = GlobalBatches([1] * 96, micro_batch=8, accumulation=2, rank=0, processes=1, seed=3)
     rows_in_order = [rows_in_order[index] for batch in order for index in batch]
     made = loaded(tiny_model, lora=lora)
     theirs = SFTTrainer(

@@ -26,6 +26,8 @@ from finllm.shared_prefix import IGNORED
 from finllm.training.batches import NO_ROW, GlobalBatches, encode, pad
 
 Train = Callable[..., Run]
+LENGTHS = [20 + 7 * i % 61 for i in range(50)]
+"""Tokens of fifty rows."""
 
 
 def losses(run: Run) -> list[float]:
@@ -276,7 +278,7 @@ def test_every_step_has_the_same_examples_on_any_machine(processes: int, accumul
     """The global batches of an epoch are the same sets, every example once, every process as many passes."""
     micro = 12 // processes // accumulation
     samplers = [
-        GlobalBatches(50, micro_batch=micro, accumulation=accumulation, rank=rank, processes=processes, seed=3)
+        GlobalBatches(LENGTHS, micro_batch=micro, accumulation=accumulation, rank=rank, processes=processes, seed=3)
         for rank in range(processes)
     ]
     passes = [list(sampler) for sampler in samplers]
@@ -287,7 +289,7 @@ def test_every_step_has_the_same_examples_on_any_machine(processes: int, accumul
         )
         for s in range(5)
     ]
-    one = GlobalBatches(50, micro_batch=12, accumulation=1, rank=0, processes=1, seed=3)
+    one = GlobalBatches(LENGTHS, micro_batch=12, accumulation=1, rank=0, processes=1, seed=3)
     assert steps == [sorted(i for i in batch if i != NO_ROW) for batch in one]
     assert sorted(i for step in steps for i in step) == list(range(50))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,7 +30,7 @@ class Engine:
         self.decoder = Decoder(model)
         self.recompute = recompute
 
-    def loss_and_gradients(self, stream: Stream, share: float) -> Tensor:
+    def loss_and_gradients(self, stream: Stream, share: float | Tensor) -> Tensor:
         """Sum of -log p of the targets times `share`, on the device; adds to the gradients of the LoRA factors."""
         self.decoder.keep_adopted()
         with torch.no_grad():
@@ -37,7 +38,7 @@ class Engine:
             loss = passes.loss_and_gradients(
                 self.decoder,
                 self._moved(stream),
-                torch.full((), share, device=self.decoder.device),
+                torch.as_tensor(share, dtype=torch.float32, device=self.decoder.device),
                 recompute=self.recompute,
             )
         self.decoder.give_gradients()
@@ -66,8 +67,10 @@ class Engine:
         return replace(pairs, stream=self._moved(pairs.stream), table=table)
 
     def clip(self, most: float) -> Tensor:
-        """Scale all gradients down to a norm of at most `most`; returns their norm before."""
+        """Add up the gradients of all processes, and scale them down to a norm of at most `most`; returns it before."""
         gradients = self.decoder.master_gradients
+        if dist.is_initialized():
+            dist.all_reduce(gradients)
         norm: Tensor = gradients.norm()
         gradients.mul_((most / (norm + 1e-6)).clamp(max=1.0))  # as torch.nn.utils.clip_grad_norm_
         return norm

@@ -9,8 +9,8 @@ import numpy as np
 
 from finllm import checkpoints, data, metrics, models, shared_prefix, spread, tracking
 from finllm.data import Parts
-from finllm.errors import RunError
 from finllm.distributed import APART
+from finllm.errors import RunError
 from finllm.example import LABELS
 from finllm.fast.engine import Engine
 from finllm.learnt import initial_adapter, learnt

@@ -33,6 +33,11 @@ class Row:
     """Of each token of the answer in the loss, 0 where it is always given; None is 1 for all."""
 
     @property
+    def tokens(self) -> int:
+        """How long the row is."""
+        return len(self.prompt) + len(self.answer)
+
+    @property
     def targets(self) -> list[int]:
         """What is learnt at each place of the answer, or IGNORED."""
         if self.weights is None:
@@ -84,10 +89,17 @@ def _explained(
 
 
 class GlobalBatches(Sampler[list[int]]):
-    """The micro-batches of one process, epoch after epoch; row numbers, or NO_ROW."""
+    """The micro-batches of one process, epoch after epoch; row numbers, or NO_ROW.
 
-    def __init__(self, rows: int, *, micro_batch: int, accumulation: int, rank: int, processes: int, seed: int) -> None:
-        self._rows, self._micro_batch, self._accumulation = rows, micro_batch, accumulation
+    What a step consists of depends on the order alone. It is dealt by length, so that processes and passes have about
+    equally many tokens.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], *, micro_batch: int, accumulation: int, rank: int, processes: int, seed: int
+    ) -> None:
+        """`lengths`: tokens of each row."""
+        self._lengths, self._micro_batch, self._accumulation = lengths, micro_batch, accumulation
         self._rank, self._processes, self._seed, self._epoch = rank, processes, seed, 0
         self.batch_size = micro_batch
 
@@ -100,17 +112,30 @@ class GlobalBatches(Sampler[list[int]]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self._rows // self._global_batch) * self._accumulation
+        return -(-len(self._lengths) // self._global_batch) * self._accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        order = torch.randperm(self._rows, generator=generator).tolist()
-        for start in range(0, self._rows, self._global_batch):
+        order = torch.randperm(len(self._lengths), generator=generator).tolist()
+        each = self._micro_batch * self._accumulation
+        for start in range(0, len(order), self._global_batch):
             step = order[start : start + self._global_batch]
-            mine = step[self._rank :: self._processes]
-            mine += [NO_ROW] * (self._micro_batch * self._accumulation - len(mine))
-            for pass_ in range(self._accumulation):
-                yield mine[pass_ :: self._accumulation]
+            mine = dealt(step, self._lengths, self._processes, each)[self._rank]
+            for hand in dealt(mine, self._lengths, self._accumulation, self._micro_batch):
+                yield hand + [NO_ROW] * (self._micro_batch - len(hand))
+
+
+def dealt(rows: Sequence[int], lengths: Sequence[int], hands: int, most: int) -> list[list[int]]:
+    """Rows in `hands` of at most `most`, with about equally many tokens: the longest first, each to whom has least."""
+    if hands == 1:
+        return [list(rows)]
+    found: list[list[int]] = [[] for _ in range(hands)]
+    tokens = [0] * hands
+    for place in sorted(range(len(rows)), key=lambda place: -lengths[rows[place]]):
+        hand = min((h for h in range(hands) if len(found[h]) < most), key=lambda h: tokens[h])
+        found[hand].append(place)
+        tokens[hand] += lengths[rows[place]]
+    return [[rows[place] for place in sorted(hand)] for hand in found]
 
 
 class Rows(Dataset[Row | None]):
@@ -139,7 +164,7 @@ class EpochLoader(DataLoader[Row | None]):
 def loader(rows: Sequence[Any], collate: Callable[[Sequence[Any]], dict[str, Any]], trainer: Any) -> EpochLoader:
     """The rows of a trainer's process in our own order."""
     sampler = GlobalBatches(
-        len(rows),
+        [row.tokens for row in rows],
         micro_batch=trainer.args.per_device_train_batch_size,
         accumulation=trainer.args.gradient_accumulation_steps,
         rank=trainer.accelerator.process_index,
@@ -189,7 +214,7 @@ def stream(rows: Sequence[Row | None], *, multiple: int = 1) -> dict[str, Any]:
 
 def meta(rows: Sequence[Row]) -> dict[str, Any]:
     """Which rows a batch holds, how many tokens are theirs, and where rows have weights, those of what is learnt."""
-    counts = {"rows": [row.index for row in rows], "tokens": sum(len(r.prompt) + len(r.answer) for r in rows)}
+    counts = {"rows": [row.index for row in rows], "tokens": sum(row.tokens for row in rows)}
     if not any(row.weights for row in rows):
         return counts
     return {**counts, "weights": torch.tensor([weight for row in rows for weight in row.weights or () if weight])}

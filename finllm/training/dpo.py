@@ -101,11 +101,7 @@ class Dpo(Shared, DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         """The batches of one optimizer step, and the number of its pairs and their chosen tokens, over all processes."""
         found = list(islice(epoch_iterator, num_batches))
         counts = [sum(one) for one in zip(*(batch["meta"]["learnt"] for batch in found), strict=True)] or [0, 0]
-        if self.accelerator.num_processes > 1:
-            whole = torch.tensor(counts, device=self.accelerator.device)
-            dist.all_reduce(whole)
-            counts = whole.tolist()
-        return found, tuple(counts)
+        return found, tuple(sharded.over_all(counts, self.accelerator.device))
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward pass of one micro-batch; returns its share of the step's loss."""
@@ -118,7 +114,8 @@ class Dpo(Shared, DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         objective = partial(self._objective, figures=figures, learnt=num_items_in_batch)
         loss = self._engine.preference_gradients(inputs["stream"], objective)
         self._losses.add(loss, inputs["meta"])
-        return loss
+        whole: Tensor = loss * self.accelerator.num_processes
+        return whole
 
     def _objective(self, log_p: Tensor, *, figures: Tensor, learnt: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The loss of log-probabilities, and what flows back into them."""

@@ -40,6 +40,11 @@ class PairRow:
     """Log-probabilities of both answers under the reference, in nats."""
 
     @property
+    def tokens(self) -> int:
+        """How long the pair is on one copy of its prompt."""
+        return len(self.prompt) + len(self.answer)
+
+    @property
     def answer(self) -> list[int]:
         """All that follows the prompt in a stream, and a little more: bounds memory and window."""
         return [*self.chosen, *self.rejected]

@@ -67,7 +67,8 @@ class Sft(Shared, SFTTrainer):  # type: ignore[misc]  # TRL ships no types
             both: tuple[list[Any], Any] = super().get_batch_samples(epoch_iterator, num_batches, device)
             return both
         found = list(islice(epoch_iterator, num_batches))
-        return found, sum(batch["meta"]["targets"] for batch in found)
+        (count,) = sharded.over_all([sum(batch["meta"]["targets"] for batch in found)], self.accelerator.device)
+        return found, count
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         """What the step's loss is divided by: its learnt tokens, or the sum of their weights, over all processes."""
@@ -86,7 +87,8 @@ class Sft(Shared, SFTTrainer):  # type: ignore[misc]  # TRL ships no types
             return torch.zeros((), device=self.args.device)
         loss = self._engine.loss_and_gradients(inputs["stream"], 1 / num_items_in_batch)
         self._losses.add(loss, inputs["meta"])
-        return loss
+        whole: torch.Tensor = loss * self.accelerator.num_processes
+        return whole
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         """All gradients are one tensor, if the engine made them."""

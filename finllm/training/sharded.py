@@ -2,16 +2,18 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from finllm.fast.engine import pinned
 from finllm.shared_prefix import IGNORED
 
 
@@ -68,13 +70,24 @@ def _whole(parameter: Tensor) -> Tensor:
     return parameter
 
 
+def over_all(counts: Sequence[int], device: torch.device) -> Sequence[Any]:
+    """Sums over the processes; of several, on the device, without waiting for it."""
+    if not dist.is_initialized():
+        return counts
+    sums = pinned(torch.tensor(counts, dtype=torch.float32)).to(device, non_blocking=True)
+    dist.all_reduce(sums)
+    return sums.unbind()
+
+
 @contextmanager
 def entered(model: Any) -> Iterator[None]:
     """While open, parts of a model can be called by themselves: FSDP gathers what is in no layer.
 
     It would gather that when the model as a whole is called; layers it gathers by themselves, one at a time.
     """
-    units = [m for name, m in model.named_modules() if isinstance(m, FSDPModule) and not re.search(r"layers\.\d+$", name)]
+    units = [
+        m for name, m in model.named_modules() if isinstance(m, FSDPModule) and not re.search(r"layers\.\d+$", name)
+    ]
     for unit in units:
         unit.unshard()
     try:

@@ -16,6 +16,7 @@ from finllm import checkpoints
 from finllm.data.preferences import Preference
 from finllm.errors import RunError
 from finllm.example import Example
+from finllm.fast.engine import pinned
 from finllm.progress import Steps
 from finllm.tracking import Tracker
 from finllm.training.stopping import StopRequests
@@ -111,6 +112,7 @@ class Watcher(TrainerCallback):  # type: ignore[misc]  # Transformers ships no t
         self._last = (time.monotonic(), 0, 0)
         self._said = float("-inf")
         self.stopped_by: str | None = None
+        self._answer: tuple[torch.Tensor, Any] | None = None
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         """The first step, or the first after a resume."""
@@ -173,12 +175,22 @@ class Watcher(TrainerCallback):  # type: ignore[misc]  # Transformers ships no t
         }
 
     def _anyone(self, reason: str | None) -> str | None:
-        """The reason to stop of any process; all processes get the same answer, so all stop at the same step."""
+        """The reason to stop of any process; all processes get the same answer, so all stop at the same step.
+
+        On GPUs it is the answer to the question of the step before, for which none has to wait.
+        """
         if not dist.is_initialized():
             return reason
-        asked = torch.tensor([reason is not None], dtype=torch.int32, device=_device())
+        asked = pinned(torch.tensor([reason is not None], dtype=torch.int32)).to(_device(), non_blocking=True)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return (reason or "another process") if asked.item() else None
+        answer, self._answer = self._answer, _on_its_way(asked)
+        if not asked.is_cuda:
+            answer = self._answer
+        if answer is None:
+            return None
+        if answer[1] is not None:
+            answer[1].synchronize()
+        return (reason or "another process") if answer[0].item() else None
 
 
 def _key(name: str) -> str:
