@@ -44,8 +44,20 @@ def by_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
-def deepspeed_on_cpu() -> Any:
-    """Accelerate's state where DeepSpeed starts processes that have no GPU: over gloo."""
+def processes() -> Any:
+    """Accelerate's state of this process and its siblings."""
+    import torch
+    from accelerate import PartialState
+
+    if torch.cuda.is_available():
+        return PartialState()
+    if by_deepspeed():
+        return _deepspeed_on_cpu()
+    return PartialState(cpu=True)  # without it, processes would not know each other, and each train alone
+
+
+def _deepspeed_on_cpu() -> Any:
+    """The same where DeepSpeed starts processes that have no GPU: over gloo."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
     import deepspeed
     from accelerate import PartialState

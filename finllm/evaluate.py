@@ -1,20 +1,22 @@
 """`python -m finllm.evaluate RUN`: score every system of a run on the same rows, and write the report."""
 
+import contextlib
 import math
+import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 
-from finllm import boards, data, library, models, predictions, report, systems, tracking
+from finllm import boards, data, distributed, library, models, predictions, report, systems, tracking
 from finllm.assessment import score
 from finllm.data import Parts
 from finllm.errors import DataError, FinllmError, RecipeError, RunError
-from finllm.example import SPLITS
+from finllm.example import SPLITS, Example
 from finllm.exhaustion import cause_of
 from finllm.journal import Row, history
 from finllm.plan import Plan, Rows
@@ -34,9 +36,13 @@ def main(arguments: list[str]) -> int:
         return 2
     models.quiet_libraries()
     run = Run(Path(arguments[0]).absolute())
-    run.progress.unlink(missing_ok=True)  # of the stage or the attempt before
     try:
-        evaluate(run)
+        with _together() as rank:
+            if rank == 0:
+                run.progress.unlink(missing_ok=True)  # of the stage or the attempt before
+                evaluate(run)
+            else:
+                take_part(run)
     except FinllmError as error:
         _failed(run, str(error))
         print(error, file=sys.stderr, flush=True)
@@ -47,26 +53,31 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _together() -> Iterator[int]:
+    """The rank of this process among those that `accelerate launch` has started, connected while this is open."""
+    if "LOCAL_RANK" not in os.environ:
+        yield 0
+        return
+    processes = distributed.processes()
+    try:
+        yield processes.process_index
+    finally:
+        processes.destroy_process_group()
+
+
 def evaluate(run: Run) -> Scores:
     """Scores of every system that the run's recipe names; leaves predictions, scores and report in the run folder."""
-    plan = Plan.of(run)
-    recipe = plan.recipe
-    parts, notes = data.training_parts(recipe.data)
-    rows = {"validation": parts.validation, "test": parts.test}
-    if not any(rows[part] for part in recipe.evaluation.parts):
-        wanted = " and ".join(recipe.evaluation.parts)
-        raise RunError(f"{', '.join(s.title for s in recipe.data)}: no rows in {wanted}; `parts` must name it")
-    # Validation is answered in any case: temperatures are fitted on it, and sweeps choose by it.
-    examples = [e for part in rows if part in (*recipe.evaluation.parts, "validation") for e in rows[part]]
+    plan, parts, examples, notes = _asked(run)
     tracker = tracking.start(run, plan, "evaluate")
     found = systems.answered(run, plan, parts, examples, notes)
     for one in found.answers:
         predictions.write(run, one)
     scores = score(
         found.answers,
-        recipe.evaluation.bootstrap_draws,
+        plan.recipe.evaluation.bootstrap_draws,
         BOOTSTRAP_SEED,
-        parts=recipe.evaluation.parts,
+        parts=plan.recipe.evaluation.parts,
         missing=found.missing,
         checks=found.checks,
     )
@@ -78,6 +89,26 @@ def evaluate(run: Run) -> Scores:
     _track(tracker, scores, found.answers, facts)
     _done(run)
     return scores
+
+
+def take_part(run: Run) -> None:
+    """What a further process does of an evaluation: its share of the answers of the language models."""
+    plan, parts, examples, notes = _asked(run)
+    systems.answered(run, plan, parts, examples, notes)
+
+
+def _asked(run: Run) -> tuple[Plan, Parts, list[Example], tuple[str, ...]]:
+    """What is to be answered; the same in every process."""
+    plan = Plan.of(run)
+    recipe = plan.recipe
+    parts, notes = data.training_parts(recipe.data)
+    rows = {"validation": parts.validation, "test": parts.test}
+    if not any(rows[part] for part in recipe.evaluation.parts):
+        wanted = " and ".join(recipe.evaluation.parts)
+        raise RunError(f"{', '.join(s.title for s in recipe.data)}: no rows in {wanted}; `parts` must name it")
+    # Validation is answered in any case: temperatures are fitted on it, and sweeps choose by it.
+    examples = [e for part in rows if part in (*recipe.evaluation.parts, "validation") for e in rows[part]]
+    return plan, parts, examples, tuple(notes)
 
 
 def _track(tracker: tracking.Tracker, scores: Scores, answers: Sequence[Answers], facts: Facts) -> None:

@@ -1,8 +1,6 @@
 """The plan: what will happen, decided from recipe and machine before anything starts. Imports no torch."""
 
-import importlib.metadata
 import math
-import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,15 +16,12 @@ from finllm.lengths import Lengths
 from finllm.machine import Machine
 from finllm.memory import Estimate
 from finllm.methods import Training
+from finllm.provenance import commit, versions
 from finllm.recipe import Recipe, Strategy
 from finllm.run import Run, read_json, write_json, write_text
 from finllm.shapes import shape_of
 from finllm.strategies import Considered
 from finllm.yamlfile import Spec
-
-PACKAGES = (
-    "finllm", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "scikit-learn", "wandb",
-)  # fmt: skip
 
 
 class Rows(Spec):
@@ -56,6 +51,8 @@ class Plan(Spec):
     """Over all nodes; one for each GPU."""
     strategy: Strategy
     """How they share what is held and trained."""
+    evaluators: int = 1
+    """Processes that share the evaluation, on one machine; each holds the whole model."""
     dtype: Literal["bf16", "fp32"]
     micro_batch: int
     """Examples in one forward pass of one process."""
@@ -96,7 +93,14 @@ class Plan(Spec):
         write_text(run.accelerate, accelerate_yaml(self, run))
         if self.strategy in ("zero2", "zero3"):
             write_json(run.deepspeed, deepspeed_config(self))
+        if self.evaluators > 1:
+            write_text(run.accelerate_evaluation, accelerate_yaml(self._of_evaluation, run))
         write_json(run.plan, self.model_dump(mode="json"))
+
+    @property
+    def _of_evaluation(self) -> "Plan":
+        """The plan as Accelerate starts the evaluation."""
+        return self.model_copy(update={"strategy": "ddp", "processes": self.evaluators, "nodes": 1})
 
     @classmethod
     def of(cls, run: Run) -> "Plan":
@@ -128,7 +132,7 @@ def decide(
     gpus = len(here.gpus) if asked.gpus == "auto" else asked.gpus
     if gpus > len(here.gpus):
         raise RecipeError(f"resources.gpus is {gpus}, but {len(here.gpus)} can be seen here; write auto, or fewer")
-    count = _count(recipe, gpus, nodes, processes)
+    count, evaluators = _count(recipe, gpus, nodes, processes), _evaluators(recipe, gpus, processes)
     nodes = nodes if count > 1 else 1
     reasons: list[str] = []
     dtype = _dtype(recipe, here, gpus, reasons)
@@ -163,6 +167,7 @@ def decide(
         nodes=nodes,
         processes=count,
         strategy=place.strategy,
+        evaluators=evaluators,
         dtype=dtype,
         micro_batch=chosen.micro_batch,
         accumulation=each // chosen.micro_batch,
@@ -178,7 +183,7 @@ def decide(
         rows=rows,
         steps=steps_of(recipe.train, rows.train) if recipe.train and rows else None,
         reasons=tuple(reasons),
-        commands=_commands(recipe, folder, python),
+        commands=_commands(recipe, folder, python, evaluators),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=commit(),
         versions=versions(),
@@ -192,6 +197,13 @@ def _count(recipe: Recipe, gpus: int, nodes: int, started: int | None) -> int:
     if recipe.train is None or recipe.distributed.strategy == "single":
         return 1
     return nodes * (gpus or recipe.resources.cpu_processes)
+
+
+def _evaluators(recipe: Recipe, gpus: int, started: int | None) -> int:
+    """Processes of the evaluation: one for each GPU of a machine."""
+    if started is not None or recipe.distributed.strategy == "single":
+        return 1
+    return gpus or recipe.resources.cpu_processes
 
 
 def _dtype(recipe: Recipe, here: Machine, gpus: int, reasons: list[str]) -> Literal["bf16", "fp32"]:
@@ -245,12 +257,18 @@ def steps_per_epoch(train: Training, rows: int) -> int:
     return -(-rows // train.global_batch)
 
 
-def _commands(recipe: Recipe, folder: Path, python: str) -> dict[str, tuple[str, ...]]:
+def _commands(recipe: Recipe, folder: Path, python: str, evaluators: int) -> dict[str, tuple[str, ...]]:
     """The command of each stage; every backend starts these and no others (of several nodes, each with its rank)."""
     run = Run(folder)
-    accelerate = (python, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(run.accelerate))
-    commands = {} if recipe.train is None else {"train": (*accelerate, "-m", "finllm.train", str(folder))}
-    return {**commands, "evaluate": (python, "-m", "finllm.evaluate", str(folder))}
+
+    def by_accelerate(configuration: Path) -> tuple[str, ...]:
+        return (python, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(configuration))
+
+    start = by_accelerate(run.accelerate_evaluation) if evaluators > 1 else (python,)
+    evaluate = (*start, "-m", "finllm.evaluate", str(folder))
+    if recipe.train is None:
+        return {"evaluate": evaluate}
+    return {"train": (*by_accelerate(run.accelerate), "-m", "finllm.train", str(folder)), "evaluate": evaluate}
 
 
 def recipe_yaml(recipe: Recipe) -> str:
@@ -264,33 +282,3 @@ def recipe_yaml(recipe: Recipe) -> str:
     yaml.default_flow_style = False
     yaml.dump(recipe.model_dump(mode="json", exclude_unset=True), stream)
     return stream.getvalue()
-
-
-def commit() -> str:
-    """The git commit that this code stands at, `+changes` where files differ, or empty outside a checkout."""
-    root = Path(__file__).parent.parent
-    head = _git(root, "rev-parse", "--short=12", "HEAD")
-    if head is None:
-        return ""
-    return head + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False, timeout=20
-        )
-    except FileNotFoundError:
-        return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that results depend on, as installed."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {"python": sys.version.split()[0], **found}

@@ -40,6 +40,11 @@ class Run:
         return self.folder / "accelerate.yaml"
 
     @property
+    def accelerate_evaluation(self) -> Path:
+        """Accelerate's configuration file of an evaluation by several processes."""
+        return self.folder / "accelerate-evaluate.yaml"
+
+    @property
     def deepspeed(self) -> Path:
         """DeepSpeed's configuration file, where it trains."""
         return self.folder / "deepspeed.json"

@@ -1,5 +1,6 @@
 """Scoring that several processes share: each asks for its part of the prompts, and all get all rows."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,11 @@ from finllm import scoring
 def world() -> tuple[int, int]:
     """Rank of this process, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def local_rank() -> int:
+    """Which GPU of this machine is this process's."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if dist.is_initialized() else 0
 
 
 def score(

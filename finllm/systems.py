@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finllm import baselines, calibration, classifiers, contamination, models, predictions, scoring, selfchecks
+from finllm import baselines, calibration, classifiers, contamination, models, predictions, scoring, selfchecks, spread
 from finllm.assessment import probabilities_of
 from finllm.data import Parts
 from finllm.errors import RunError
@@ -38,9 +38,14 @@ class Answered:
 
 
 def answered(run: Run, plan: Plan, parts: Parts, examples: Sequence[Example], notes: Sequence[str]) -> Answered:
-    """Every system's answers, the systems that could not be asked, and the checks; the first system is the run's own."""
+    """Every system's answers, the systems that could not be asked, and the checks; the first system is the run's own.
+
+    Of several processes, all answer with the language models, and the first does the rest.
+    """
     found = Answered()
     _language_models(found, run, plan, parts, examples)
+    if spread.world()[0]:
+        return found
     if plan.recipe.evaluation.batch_calibration:
         _without_prior(found)
     _baselines(found, plan, parts, examples)
@@ -79,14 +84,20 @@ class _Asker:
         return scoring.score(model, prompts, labels, **{"batch_tokens": self.plan.batch_tokens, **more})
 
     def ask(self, key: str, name: str, model: Any) -> tuple[Answers, NDArray[np.float64]]:
-        """The system's answers to all prompts, and their log-probabilities."""
+        """The system's answers to all prompts, and their log-probabilities; several processes share the work."""
         prompts = self.prompts
+        rank, processes = spread.world()
+        labels = [self.prompter.answers[label] for label in LABELS]
         began = time.monotonic()
-        with steps(f"scoring with the {key} model", len(prompts), "text", self.run) as counter:
+        share = -(-len(prompts) // processes)
+        with steps(f"scoring with the {key} model", share, "text", None if rank else self.run) as counter:
             engine = scoring.engine_of(model)
-            rows = self.score(model, prompts, steps=counter, engine=engine)
+            rows = spread.score(
+                model, prompts, labels, batch_tokens=self.plan.batch_tokens, steps=counter, engine=engine
+            )
         seconds = time.monotonic() - began
-        latency = _latency([partial(self.score, model, [p], engine=engine) for p in prompts[:TIMED]])
+        timed = [] if rank else prompts[:TIMED]
+        latency = _latency([partial(self.score, model, [p], engine=engine) for p in timed])
         cut = [rendered.truncated for rendered in self._rendered]
         made = predictions.of(self.examples, scoring.probabilities(rows), cut)
         return Answers(key, name, seconds, made, latency_ms=latency), rows
@@ -94,7 +105,8 @@ class _Asker:
 
 def _language_models(found: Answered, run: Run, plan: Plan, parts: Parts, examples: Sequence[Example]) -> None:
     """Answers of the tuned model, and of its base with the adapter off."""
-    recipe, device = plan.recipe, models.device_of(plan.device)
+    recipe, device = plan.recipe, models.device_of(plan.device, spread.local_rank())
+    is_main = not spread.world()[0]
     if recipe.train is not None and not (run.adapter / models.CARD).is_file():
         raise RunError(f"{run.folder} has no trained weights; `finllm resume {run.name}` trains to the end")
     loaded = models.load(recipe.model, dtype=plan.dtype, device=device, dequantize=plan.dequantize)
@@ -106,7 +118,8 @@ def _language_models(found: Answered, run: Run, plan: Plan, parts: Parts, exampl
     if recipe.train is None:
         assert base is not None, "a run without training scores its base"
         found.answers.append(base)
-        found.checks.append(_alone(asker, loaded.model, base_rows))
+        if is_main:
+            found.checks.append(_alone(asker, loaded.model, base_rows))
         return
     adapted = models.is_adapter(run.adapter)
     if adapted:
@@ -117,6 +130,8 @@ def _language_models(found: Answered, run: Run, plan: Plan, parts: Parts, exampl
         model = models.load(own, dtype=plan.dtype, device=device).model
     tuned, rows = asker.ask("tuned", f"{name}, tuned", model)
     found.answers += [tuned, *([base] if base else [])]
+    if not is_main:
+        return
     found.checks.append(_alone(asker, model, rows))
     if adapted and base:
         with model.disable_adapter():

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         print("usage: accelerate launch -m finllm.train RUN|RECIPE [key=value ...]", file=sys.stderr)
         return 2
     models.quiet_libraries()
-    processes = _processes()
+    processes = distributed.processes()
     is_main = processes.is_main_process
     run: Run | None = None
     try:
@@ -60,7 +60,7 @@ def train(
     its last checkpoint when it is given again.
     """
     models.quiet_libraries()
-    processes = _processes()
+    processes = distributed.processes()
     run: Run | None = None
     try:
         source = given if isinstance(given, Recipe) else Path(given)
@@ -82,18 +82,6 @@ def _refuse_several_gpus(plan: Plan) -> None:
             f"{torch.cuda.device_count()} GPUs can be seen, and one process trains on one: set CUDA_VISIBLE_DEVICES=0 "
             "before Python starts, or use `finllm launch`, which starts a process for each"
         )
-
-
-def _processes() -> Any:
-    """Accelerate's state of this process and its siblings."""
-    import torch
-    from accelerate import PartialState
-
-    if torch.cuda.is_available():
-        return PartialState()
-    if distributed.by_deepspeed():
-        return distributed.deepspeed_on_cpu()
-    return PartialState(cpu=True)  # without it, processes would not know each other, and each train alone
 
 
 def _prepare(

@@ -102,7 +102,7 @@ def environment_of(plan: Plan, stage: Stage, place: Here) -> dict[str, str]:
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(place.wait + tether.KILL_SECONDS + 60)),
     }
     if plan.device == "cpu":  # else accelerate shares out all cores, also those that are not ours
-        threads = len(os.sched_getaffinity(0)) // (place.processes if stage == "train" else 1)
+        threads = len(os.sched_getaffinity(0)) // (place.processes if stage == "train" else plan.evaluators)
         own["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, threads)))
         own["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", WAITING)
         own["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed, which Accelerate imports where it is installed, warns of it

@@ -151,7 +151,9 @@ class _Supervisor:
         """Whether a process has failed that does not end by itself, or that others wait for."""
         progress = Progress.of(self._run)
         return (
-            progress is not None and progress.outcome == "failed" and bool(progress.cause or self._plan.processes > 1)
+            progress is not None
+            and progress.outcome == "failed"
+            and bool(progress.cause or max(self._plan.processes, self._plan.evaluators) > 1)
         )
 
     def _check(self) -> None:
