@@ -60,8 +60,8 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Document:
     Raises RecipeError where a file is missing or is not YAML; other faults wait in the document for `parse`.
     """
     document = _read_with_bases(path, ())
-    for override in overrides:
-        _override(document, override)
+    for text in overrides:
+        override(document, text)
     return document
 
 
@@ -177,7 +177,7 @@ def _merge_values(document: Document, old: dict[str, Any], other: Document, new:
         document.places.update({k: p for k, p in other.places.items() if k[: len(inner)] == inner})
 
 
-def _override(document: Document, text: str) -> None:
+def override(document: Document, text: str) -> None:
     """Set one value from `dotted.key=value`, the value read as YAML."""
     name, equals, value_text = text.partition("=")
     parts: list[str | int] = [int(part) if part.isdigit() else part for part in name.strip().split(".")]

@@ -120,6 +120,10 @@ def _add_running(verbs: Verbs) -> None:
 
     resume = _verb(verbs, "resume", starting.resume, "go on with a run that was stopped, failed or lost")
     _run(resume)
+    resume.add_argument(
+        "overrides", nargs="*", metavar="key=value",
+        help="other GPUs, or another way to share them, such as resources.gpus=1",
+    )  # fmt: skip
     _cluster(resume)
     _detach(resume)
 

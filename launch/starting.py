@@ -10,7 +10,7 @@ from finllm.errors import RecipeError, RunError
 from finllm.plan import Plan
 from finllm.run import Run, State
 from finllm.sweeps import Sweep, write_report
-from launch import BACKENDS, cluster, finding, planning, slurm, submission, sweeping, tables
+from launch import BACKENDS, cluster, finding, planning, replanning, slurm, submission, sweeping, tables
 from launch.cluster import Cluster
 from launch.endings import DONE, FAILED, INTERRUPTED, say_the_end
 from launch.job import with_rank
@@ -44,7 +44,7 @@ def launch(
         raise
 
 
-def resume(*, run: str, runs: Path, detach: bool, cluster_profile: Path | None) -> int:
+def resume(*, run: str, overrides: list[str], runs: Path, detach: bool, cluster_profile: Path | None) -> int:
     """Go on with runs that have ended early."""
     statuses = []
     for found in finding.runs_of(run, runs):
@@ -55,6 +55,11 @@ def resume(*, run: str, runs: Path, detach: bool, cluster_profile: Path | None) 
             continue
         if cluster_profile is not None:
             _move(found, cluster.load(cluster_profile))
+        if overrides:
+            replanning.replan(found, overrides)
+            print(*tables.plan_lines(Plan.of(found), found.folder), "", sep="\n", flush=True)
+        elif state is None or state.backend == "local":
+            replanning.refuse_fewer_gpus(found)
         statuses.append(_start(found, detach=detach))
         if statuses[-1] == INTERRUPTED:
             break

@@ -116,7 +116,9 @@ class Sft(Shared, SFTTrainer):  # type: ignore[misc]  # TRL ships no types
         return validated(self, self._validation)
 
 
-def _sum_of_losses(model: Any, inputs: dict[str, Any], weights: torch.Tensor | None, *, fused: bool) -> torch.Tensor:
+def _sum_of_losses(
+    model: Any, inputs: dict[str, Any], weights: torch.Tensor | None, *, fused: bool = True
+) -> torch.Tensor:
     """Cross-entropy in nats, summed over the learnt tokens of a batch; the head runs on the rows that predict them.
 
     `weights` are those of the learnt tokens, in their order; None is 1 for all. TRL's head is `fused` where it can be.

@@ -1,0 +1,85 @@
+"""A new plan for a run that goes on: on other GPUs, or shared otherwise. Its steps stay what they were."""
+
+import json
+from collections.abc import Sequence
+
+from finllm import machine, yamlfile
+from finllm.errors import RecipeError, RunError
+from finllm.plan import Plan, decide
+from finllm.recipe import SHARDED, Recipe
+from finllm.run import Run, State, write_text
+from finllm.yamlfile import Document
+from launch.place import Stage
+from launch.show import called
+
+CHANGEABLE = ("resources.", "distributed.", "train.micro_batch=", "train.gradient_checkpointing=")
+"""Keys that change where and how a run is computed, and not what."""
+
+
+def replan(run: Run, overrides: Sequence[str]) -> None:
+    """Put another plan into a run folder, and keep the one before; raises FinllmError where its checkpoints forbid it."""
+    before, state = Plan.of(run), State.of(run)
+    if state is not None and state.backend != "local":
+        raise RunError(f"{run.name} runs on a cluster; give --cluster with another profile, or launch anew")
+    for override in overrides:
+        if not override.startswith(CHANGEABLE):
+            raise RecipeError(
+                f"{override}: a run that goes on can change {', '.join(key.rstrip('.=') for key in CHANGEABLE)}; "
+                "launch a new run for anything else"
+            )
+    after = decide(
+        _changed(before, overrides),
+        here=machine.here(),
+        rows=before.rows,
+        folder=run.folder,
+        source=before.source,
+        overrides=(*before.overrides, *overrides),
+        texts=before.texts,
+    )
+    if run.complete_checkpoints() and not run.adapter.is_dir():
+        _refuse(run, before, after)
+    attempt = state.attempt if state else 1
+    write_text(run.folder / f"plan-attempt{attempt}.json", run.plan.read_text(encoding="utf-8"))
+    after.save(run)
+
+
+def _changed(before: Plan, overrides: Sequence[str]) -> Recipe:
+    """The run's recipe with the overrides; a strategy that auto has chosen stays, if its checkpoints need it."""
+    values = json.loads(before.recipe.model_dump_json(exclude_unset=True))
+    document = Document(name=f"{before.name}/recipe.yaml", values=values)
+    if before.strategy in SHARDED and not any(text.startswith("distributed.strategy=") for text in overrides):
+        yamlfile.override(document, f"distributed.strategy={before.strategy}")
+    for text in overrides:
+        yamlfile.override(document, text)
+    return yamlfile.parse(Recipe, document)
+
+
+def _refuse(run: Run, before: Plan, after: Plan) -> None:
+    """Checkpoints hold the state of the optimizer as the strategy has divided it."""
+    whole = before.strategy not in SHARDED
+    if whole == (after.strategy not in SHARDED) and (whole or before.strategy == after.strategy):
+        if before.strategy not in ("zero2", "zero3") or before.processes == after.processes:
+            return
+        raise RunError(
+            f"{run.name} has checkpoints of DeepSpeed by {before.processes} processes, which {after.processes} cannot "
+            f"read; resume with as many, or launch anew with strategy fsdp, whose checkpoints any number can read"
+        )
+    raise RunError(
+        f"{run.name} has checkpoints of strategy {before.strategy}, which {after.strategy} cannot read; resume with "
+        f"distributed.strategy={before.strategy}, or launch anew"
+    )
+
+
+def refuse_fewer_gpus(run: Run) -> None:
+    """Raise RunError where the run was planned for more GPUs than there are, with what to type."""
+    plan = Plan.of(run)
+    stage: Stage = "evaluate" if run.adapter.is_dir() else "train"
+    wanted = plan.evaluators if stage == "evaluate" else plan.processes
+    if plan.device != "cuda" or plan.nodes > 1:
+        return
+    there = len(machine.here().gpus)
+    if there < wanted:
+        raise RunError(
+            f"{run.name} was planned for {wanted} GPU(s), and {there} can be seen here; "
+            f"`finllm resume {called(run)} resources.gpus={there}` goes on with that"
+        )
