@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from finllm import licences
 from finllm.models import Card
-from finllm.plan import Plan, recipe_yaml
+from finllm.plan import Plan
 from finllm.prompts import Prompter
-from finllm.recipe import Model
+from finllm.recipe import Model, recipe_yaml
 from finllm.run import Run
 from finllm.scores import Interval, PartScores, Scores, Slice
 

@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from finllm import choices
-from finllm.errors import RecipeError
-from finllm.holding import Setting
+from finllm.holding import Setting, whole_weight_bytes
 from finllm.lengths import Batch, Lengths, instruction_tokens, largest_batch
-from finllm.memory import HAND_WRITTEN_KINDS, Estimate, estimate, scored_by_hand
+from finllm.memory import GIB, HAND_WRITTEN_KINDS, Estimate, estimate, scored_by_hand
 from finllm.recipe import FOUR_BIT, Recipe, Strategy
 from finllm.shapes import Shape
 
@@ -19,8 +18,6 @@ ENOUGH_ROWS = 8
 that leaves room for more examples is faster than the one that computes less."""
 LARGEST_ON_CPU = 16
 """Examples in a micro-batch on a CPU: more make its caches no faster."""
-LARGEST_UNKNOWN = 16
-"""Examples in a micro-batch where the memory that they need is not known."""
 FEWEST_SCORED_TOKENS = 1024
 MOST_BY_HAND = 8192
 """Tokens in a scoring pass of the hand-written passes: MOST_TOKENS of finllm.fast.engine, which needs torch."""
@@ -91,20 +88,6 @@ def best(recipe: Recipe, place: Place, each: int) -> Found:
     return Found(chosen, ways)
 
 
-def fit(recipe: Recipe, place: Place, each: int, reasons: list[str]) -> Fit:
-    """What a process uses for its `each` examples of a step; raises RecipeError where not even one fits on the GPU."""
-    if place.shape is None:
-        return _by_rule(recipe, place, each, reasons)
-    found = best(recipe, place, each)
-    if not found.chosen.fits:
-        said = _too_large(recipe, place, found.chosen)
-        if place.device == "cuda":
-            raise RecipeError(said)
-        reasons.append(said)
-    _explain(recipe, place, each, found.chosen, found.ways, reasons)
-    return found.chosen
-
-
 def measured(recipe: Recipe, place: Place, choice: Fit) -> Fit:
     """The choice with its estimate, scoring batches halved until they fit."""
     assert place.shape is not None, "the caller has asked"
@@ -116,7 +99,7 @@ def measured(recipe: Recipe, place: Place, choice: Fit) -> Fit:
                 recipe.prompt, place.texts, rows=choice.micro_batch * _sequences(recipe, shares=shares), shares=shares, epochs=recipe.train.epochs,
                 multiple=MULTIPLE[place.device] if shares else 1, explained=recipe.explanations,
             )  # fmt: skip
-        how = _setting(recipe, place, choice)
+        how = setting(recipe, place, choice)
         most = MOST_BY_HAND if scored_by_hand(place.shape, how) else choice.batch_tokens
         scored = _scored(recipe, place, min(choice.batch_tokens, most))
         found = replace(choice, memory=estimate(place.shape, how, batch, scored, place.limit))
@@ -160,7 +143,7 @@ def _largest_in(recipe: Recipe, place: Place, each: int, way: tuple[bool, bool])
     """The largest micro-batch that fits in this way; the smallest where none does."""
     dequantize, checkpointing = way
     found = None
-    for size in _sizes(recipe, place, each):
+    for size in sizes(recipe, place, each):
         found = measured(recipe, place, Fit(size, checkpointing, dequantize, recipe.evaluation.batch_tokens))
         if found.fits:
             return found
@@ -168,7 +151,8 @@ def _largest_in(recipe: Recipe, place: Place, each: int, way: tuple[bool, bool])
     return found
 
 
-def _sizes(recipe: Recipe, place: Place, each: int) -> Sequence[int]:
+def sizes(recipe: Recipe, place: Place, each: int) -> Sequence[int]:
+    """Micro-batches that may be tried, the largest first."""
     if recipe.train is None:
         return [1]
     if recipe.train.micro_batch != "auto":
@@ -176,7 +160,15 @@ def _sizes(recipe: Recipe, place: Place, each: int) -> Sequence[int]:
     return [size for size in divisors(each) if place.device == "cuda" or size <= LARGEST_ON_CPU]
 
 
-def _setting(recipe: Recipe, place: Place, choice: Fit) -> Setting:
+def too_large_to_load(recipe: Recipe, place: Place, choice: Fit) -> bool:
+    """Whether a GPU that shall hold a part of the weights has no room for all of them."""
+    if place.strategy not in ("fsdp", "zero3") or place.shape is None or place.limit is None or place.device == "cpu":
+        return False
+    return whole_weight_bytes(place.shape, setting(recipe, place, choice)) > place.limit * GIB
+
+
+def setting(recipe: Recipe, place: Place, choice: Fit) -> Setting:
+    """How a process holds and trains the model."""
     by_hand = place.hand_written and place.shape is not None and place.shape.kind in HAND_WRITTEN_KINDS
     return Setting(
         device=place.device,
@@ -203,103 +195,3 @@ def _scored(recipe: Recipe, place: Place, batch_tokens: int) -> Batch:
     if place.scored_texts is not None:
         rows = max(1, min(rows, place.scored_texts))
     return Batch(rows=rows, longest=one, shared=begin, tokens=begin + rows * one)
-
-
-def _by_rule(recipe: Recipe, place: Place, each: int, reasons: list[str]) -> Fit:
-    """Without the model's shape: a moderate micro-batch, and checkpointing for quantised models on a GPU."""
-    reasons.append(f"memory not estimated: the shape of {recipe.model.name} is not known before it is loaded")
-    four_bit = recipe.model.quantization in FOUR_BIT
-    unpacked = four_bit and place.device == "cpu"
-    if unpacked:
-        reasons.append("4-bit weights dequantised once: the CPU would do it in every pass")
-    if recipe.train is None:
-        return Fit(1, checkpointing=False, dequantize=unpacked, batch_tokens=recipe.evaluation.batch_tokens)
-    asked, checkpointing = recipe.train.micro_batch, recipe.train.gradient_checkpointing
-    micro = next(size for size in divisors(each) if size <= LARGEST_UNKNOWN) if asked == "auto" else asked
-    if asked == "auto":
-        reasons.append(f"micro-batch {micro}: the largest divisor of {each} up to {LARGEST_UNKNOWN}")
-    if checkpointing == "auto":
-        checkpointing = place.device == "cuda" and recipe.model.quantization != "none"
-        reasons.append(f"gradient checkpointing {'on: quantised model on a GPU' if checkpointing else 'off'}")
-    return Fit(micro, checkpointing, unpacked, recipe.evaluation.batch_tokens)
-
-
-def _explain(recipe: Recipe, place: Place, each: int, chosen: Fit, ways: Sequence[Fit], reasons: list[str]) -> None:
-    if place.texts is None:
-        reasons.append(f"texts not at hand: memory is for prompts of {recipe.prompt.max_tokens} tokens")
-    if recipe.train is not None and recipe.train.micro_batch == "auto":
-        reasons.append(f"micro-batch {chosen.micro_batch}: {_why_this_size(recipe, place, each, chosen)}")
-    if recipe.train is not None and recipe.train.gradient_checkpointing == "auto":
-        reasons.append(f"gradient checkpointing {_why_checkpointing(chosen, ways)}")
-    if recipe.model.quantization in FOUR_BIT:
-        reasons.append(_why_this_form(place, chosen, ways))
-    if chosen.batch_tokens < recipe.evaluation.batch_tokens:
-        reasons.append(f"scoring batches of {chosen.batch_tokens} tokens: more would not fit")
-
-
-def _why_this_size(recipe: Recipe, place: Place, each: int, chosen: Fit) -> str:
-    larger = [size for size in _sizes(recipe, place, each) if size > chosen.micro_batch]
-    if not larger:
-        return (
-            "all of a step" if chosen.micro_batch == each else f"the largest divisor of {each} up to {LARGEST_ON_CPU}"
-        )
-    more = measured(recipe, place, replace(chosen, micro_batch=larger[-1]))
-    assert more.memory is not None, "the caller has asked"
-    return f"{larger[-1]} would need {more.memory.total:.1f} GiB"
-
-
-def _why_checkpointing(chosen: Fit, ways: Sequence[Fit]) -> str:
-    if not chosen.checkpointing:
-        return "off: activations fit"
-    best = max((way for way in ways if not way.checkpointing), key=lambda way: (way.fits, way.micro_batch))
-    if best.fits:
-        return f"on: without it, not more than micro-batch {best.micro_batch} fits"
-    assert best.memory is not None, "only an estimate can be too large"
-    return f"on: without it, micro-batch {best.micro_batch} needs {best.memory.total:.1f} GiB"
-
-
-def _why_this_form(place: Place, chosen: Fit, ways: Sequence[Fit]) -> str:
-    if chosen.dequantize and place.device == "cpu":
-        return "4-bit weights dequantised once: the CPU would do it in every pass"
-    if chosen.dequantize:
-        return "4-bit weights dequantised once: the same values, and they fit"
-    others = [way for way in ways if way.dequantize and way.memory is not None]
-    if not others or others[0].memory is None:
-        return "4-bit weights unpacked in every pass"
-    one = others[0]
-    needs = f"dequantised they need {others[0].memory.total:.1f} GiB at micro-batch {one.micro_batch}"
-    return f"4-bit weights unpacked in every pass: {needs}"
-
-
-def _too_large(recipe: Recipe, place: Place, smallest: Fit) -> str:
-    """Why a recipe does not fit, in numbers, and what would."""
-    memory = smallest.memory
-    assert memory is not None
-    assert memory.limit is not None, "without a limit, everything fits"
-    terms = f"weights {memory.weights:.1f}, trained {memory.trained:.1f}, activations {memory.activations:.1f}, other {memory.other:.1f}"
-    what = f"training with micro-batch {smallest.micro_batch}" if recipe.train else "scoring"
-    return (
-        f"{what} needs about {memory.total:.1f} GiB in each process ({terms}), and of the {place.memory_gib:.1f} GiB of "
-        f"{place.name or 'this machine'} it may fill {memory.limit:.1f}; {_advice(recipe, place, smallest)}"
-    )
-
-
-def _advice(recipe: Recipe, place: Place, smallest: Fit) -> str:
-    larger = "a larger GPU" if place.device == "cuda" else "a machine with more memory"
-    changes = []
-    if recipe.train is not None and recipe.lora is None:
-        changes.append("give lora a rank instead of training all weights")
-    elif recipe.model.quantization != "nf4":
-        changes.append("set model.quantization to nf4")
-    if recipe.train is not None and smallest.micro_batch > 1:
-        changes.append("set train.micro_batch to auto")
-    if recipe.train is not None and recipe.train.gradient_checkpointing is False:
-        changes.append("set train.gradient_checkpointing to auto")
-    if recipe.train is not None and place.processes > 1 and not place.offload:
-        shared = (
-            "set distributed.offload to true"
-            if place.strategy in ("fsdp", "zero3")
-            else "set distributed.strategy to fsdp"
-        )
-        changes.append(shared)
-    return ", or ".join([*changes, f"lower prompt.max_tokens ({recipe.prompt.max_tokens})", f"use {larger}"])

@@ -63,6 +63,12 @@ def whole_weight_bytes(shape: Shape, how: Setting) -> float:
     return rest + _linear_bytes(how) * shape.linear_parameters + _beside(shape, how)
 
 
+def gathered_bytes(shape: Shape, how: Setting) -> float:
+    """Bytes of all weights as they are gathered for a pass."""
+    linear = (float(how.size) if how.all_weights else _linear_bytes(how)) * shape.linear_parameters
+    return linear + how.size * (shape.embedding_parameters + shape.norm_parameters)
+
+
 def _gathered(shape: Shape, how: Setting) -> float:
     """Bytes of what is whole for the moment: the layer that is computed, the next one, and the head."""
     layer = (float(how.size) if how.all_weights else _linear_bytes(how)) * shape.linear_parameters / shape.layers

@@ -11,13 +11,14 @@ from pydantic import ConfigDict, Field
 from finllm import choices, machine, strategies
 from finllm.distributed import accelerate_yaml, deepspeed_config
 from finllm.errors import RecipeError
-from finllm.fitting import Place
-from finllm.lengths import Lengths
+from finllm.fitting import Fit, Place, setting, too_large_to_load
+from finllm.lengths import ANSWER, Lengths, instruction_tokens
 from finllm.machine import Machine
 from finllm.memory import Estimate
 from finllm.methods import Training
+from finllm.pace import Pace, Work, expected
 from finllm.provenance import commit, versions
-from finllm.recipe import Recipe, Strategy
+from finllm.recipe import Recipe, Strategy, recipe_yaml
 from finllm.run import Run, read_json, write_json, write_text
 from finllm.shapes import shape_of
 from finllm.strategies import Considered
@@ -67,12 +68,16 @@ class Plan(Spec):
     """Use our own forward and backward passes (finllm.fast), where they know the model's layers."""
     batch_tokens: int
     """Tokens in one scoring batch: the recipe's, or fewer where those would not fit."""
+    loads_on_host: bool = False
+    """Weights are read into the host's memory before they are shared out, since no GPU holds them whole."""
     memory: Estimate | None
     """None where the model's shape is not known before it is loaded."""
     layer_parameters: int | None
     """Weights of the linear layers of one block; None where the model's shape is not known."""
     considered: tuple[Considered, ...] = ()
     """Every strategy that several processes could use, with the memory that it would need."""
+    pace: Pace | None = None
+    """None where the kind of GPU is not known, or what connects the nodes."""
     texts: Lengths | None
     """Of the training texts; None where they are not at hand."""
     rows: Rows | None
@@ -120,6 +125,7 @@ def decide(
     started: Strategy | None = None,
     texts: Lengths | None = None,
     nodes: int = 1,
+    network_gbit: float | None = None,
     python: str = sys.executable,
 ) -> Plan:
     """What will happen when `recipe` runs on `here`, or on `nodes` machines like it; raises RecipeError where it cannot.
@@ -157,6 +163,7 @@ def decide(
 
     choice = strategies.choose(recipe, place_of, processes=count, each=each, started=started, reasons=reasons)
     place, chosen = choice.place, choice.fit
+    shares = choices.shared_prefix(recipe, chosen.micro_batch, reasons)
     return Plan(
         name=folder.name,
         recipe=recipe,
@@ -173,12 +180,14 @@ def decide(
         accumulation=each // chosen.micro_batch,
         gradient_checkpointing=chosen.checkpointing,
         dequantize=chosen.dequantize,
-        shared_prefix=choices.shared_prefix(recipe, chosen.micro_batch, reasons),
+        shared_prefix=shares,
         hand_written=place.hand_written,
         batch_tokens=chosen.batch_tokens,
         memory=chosen.memory,
         layer_parameters=place.shape.linear_parameters // place.shape.layers if place.shape else None,
+        loads_on_host=too_large_to_load(recipe, place, chosen),
         considered=choice.considered,
+        pace=_pace(recipe, place, chosen, each, shares=shares, nodes=nodes, network_gbit=network_gbit),
         texts=texts,
         rows=rows,
         steps=steps_of(recipe.train, rows.train) if recipe.train and rows else None,
@@ -188,6 +197,18 @@ def decide(
         commit=commit(),
         versions=versions(),
     )
+
+
+def _pace(
+    recipe: Recipe, place: Place, chosen: Fit, each: int, *, shares: bool, nodes: int, network_gbit: float | None
+) -> Pace | None:
+    """How fast labels are learnt, where the texts are at hand; pairs and explanations are not reckoned."""
+    if recipe.train is None or recipe.train.method != "sft" or recipe.explanations or not (place.shape and place.texts):
+        return None
+    own = min(place.texts.mean, recipe.prompt.max_tokens) + ANSWER - shares  # the end is no input of a stream
+    work = Work(each // chosen.micro_batch, chosen.micro_batch, instruction_tokens(recipe.prompt), own, shares)
+    how = setting(recipe, place, chosen)
+    return expected(place.shape, how, work, gpu=place.name, nodes=nodes, network_gbit=network_gbit)
 
 
 def _count(recipe: Recipe, gpus: int, nodes: int, started: int | None) -> int:
@@ -269,16 +290,3 @@ def _commands(recipe: Recipe, folder: Path, python: str, evaluators: int) -> dic
     if recipe.train is None:
         return {"evaluate": evaluate}
     return {"train": (*by_accelerate(run.accelerate), "-m", "finllm.train", str(folder)), "evaluate": evaluate}
-
-
-def recipe_yaml(recipe: Recipe) -> str:
-    """The recipe as YAML that loads to the same recipe."""
-    import io
-
-    from ruamel.yaml import YAML
-
-    stream = io.StringIO()
-    yaml = YAML()
-    yaml.default_flow_style = False
-    yaml.dump(recipe.model_dump(mode="json", exclude_unset=True), stream)
-    return stream.getvalue()

@@ -207,3 +207,16 @@ class Recipe(Spec):
 def load(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
     """The recipe at `path`, changed by `key=value` overrides; raises RecipeError with every fault at once."""
     return yamlfile.parse(Recipe, yamlfile.read(Path(path), overrides))
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML that loads to the same recipe."""
+    import io
+
+    from ruamel.yaml import YAML
+
+    stream = io.StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(recipe.model_dump(mode="json", exclude_unset=True), stream)
+    return stream.getvalue()

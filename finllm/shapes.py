@@ -73,6 +73,7 @@ class Shape:
 _MISTRAL = Shape(4096, 14336, 32, 32, 8, 128, 32000, tied=False, kind="mistral")
 _MISTRAL_V3 = Shape(4096, 14336, 32, 32, 8, 128, 32768, tied=False, kind="mistral")
 _LLAMA_3 = Shape(4096, 14336, 32, 32, 8, 128, 128256, tied=False)
+_LLAMA_3_70B = Shape(8192, 28672, 80, 64, 8, 128, 128256, tied=False)
 _SMOLLM2_135M = Shape(576, 1536, 30, 9, 3, 64, 49152, tied=True)
 _KNOWN = {
     "mistralai/mistral-7b-v0.1": _MISTRAL,
@@ -80,6 +81,10 @@ _KNOWN = {
     "meta-llama/meta-llama-3-8b": _LLAMA_3,
     "meta-llama/meta-llama-3.1-8b": _LLAMA_3,
     "meta-llama/llama-3.1-8b": _LLAMA_3,
+    "meta-llama/meta-llama-3-70b": _LLAMA_3_70B,
+    "meta-llama/meta-llama-3.1-70b": _LLAMA_3_70B,
+    "meta-llama/llama-3.1-70b": _LLAMA_3_70B,
+    "meta-llama/llama-3.3-70b": _LLAMA_3_70B,
     "huggingfacetb/smollm2-135m": _SMOLLM2_135M,
     "huggingfacetb/smollm2-360m": Shape(960, 2560, 32, 15, 5, 64, 49152, tied=True),
     "huggingfacetb/smollm2-1.7b": Shape(2048, 8192, 24, 32, 32, 64, 49152, tied=True),

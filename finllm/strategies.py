@@ -4,8 +4,9 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from finllm.choosing import fit
 from finllm.errors import RecipeError
-from finllm.fitting import Fit, Place, best, fit
+from finllm.fitting import Fit, Place, best
 from finllm.memory import Estimate
 from finllm.recipe import SHARDED, Recipe, Strategy
 from finllm.yamlfile import Spec

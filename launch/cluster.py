@@ -67,6 +67,8 @@ class Cluster(Spec):
     """0 trains on CPUs (the recipe's `resources.cpu_processes` on each node)."""
     gpu: str | None = None
     """Kind of GPU, for the plan: such as `a100-80gb`."""
+    network_gbit: float | None = Field(default=None, gt=0)
+    """What connects a node with the others, all its adapters together, in Gbit/s; for the plan's pace."""
     gpu_request: Literal["gres", "gpus-per-node"] = "gres"
     """The option by which the cluster hands out GPUs."""
     gpu_type: str | None = None

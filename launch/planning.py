@@ -71,7 +71,12 @@ def _where(cluster: Cluster | None) -> dict[str, Any]:
     """What the plan must know of the place; GPUs of a cluster need not be seen from here."""
     if cluster is None:
         return {"here": machine.here()}
-    return {"here": cluster.machine(), "nodes": cluster.nodes, "python": cluster.interpreter}
+    return {
+        "here": cluster.machine(),
+        "nodes": cluster.nodes,
+        "network_gbit": cluster.network_gbit,
+        "python": cluster.interpreter,
+    }
 
 
 def default_name(recipe: Path) -> str:

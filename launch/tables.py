@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from finllm import pace
 from finllm.data import Parts
 from finllm.errors import FinllmError
 from finllm.example import LABELS, SPLITS
@@ -63,6 +64,8 @@ def plan_lines(plan: Plan, folder: Path) -> list[str]:
             f"{plan.accumulation} accumulated; gradient checkpointing {'on' if plan.gradient_checkpointing else 'off'}"
         )
         facts["memory"] = "not estimated" if plan.memory is None else described(plan.memory, plan.device)
+        if plan.pace is not None:
+            facts["pace"] = pace.described(plan.pace, plan.steps)
         facts["steps"] = "known once the data is counted" if plan.steps is None else str(plan.steps)
     facts["because"] = "; ".join(plan.reasons)
     lines = [f"{name:8} {text}" for name, text in facts.items() if text]

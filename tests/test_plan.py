@@ -14,8 +14,8 @@ from finllm.distributed import accelerate_yaml
 from finllm.errors import RecipeError, RunError
 from finllm.lengths import Lengths
 from finllm.machine import Gpu, Machine
-from finllm.plan import Plan, Rows, decide, recipe_yaml
-from finllm.recipe import Recipe, load
+from finllm.plan import Plan, Rows, decide
+from finllm.recipe import Recipe, load, recipe_yaml
 from finllm.run import create
 from launch import shipped
 

@@ -367,8 +367,7 @@ def test_the_plan_says_whether_rows_share_and_why(
 def test_a_prefix_that_must_be_shared_but_cannot_is_refused(tmp_path: Path, keys: dict[str, Any]) -> None:
     """`on` is an order, so what contradicts it is a fault of the recipe."""
     path = tmp_path / "r.yaml"
-    from finllm.plan import recipe_yaml
-    from finllm.recipe import load
+    from finllm.recipe import load, recipe_yaml
 
     spec = {"model": "m", "data": "sample", "train": {"method": "sft", "shared_prefix": "auto"}, **keys}
     path.write_text(recipe_yaml(Recipe.model_validate(spec)))

@@ -42,7 +42,7 @@ def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: in
     loaded = models.load(
         recipe.model,
         dtype=_weights_dtype(plan),
-        device=models.device_of(plan.device, local_rank),
+        device="cpu" if plan.loads_on_host else models.device_of(plan.device, local_rank),
         dequantize=plan.dequantize,
         apart=plan.strategy in APART,
     )

@@ -1,0 +1,304 @@
+"""Two GPUs of one machine: every strategy against one GPU, against TRL under the same strategy, and against the plan.
+
+    python benchmarks/h200x2.py --weights /dev/shm/mistral --tokenizer FOLDER      # a 7B shape with random weights
+    python benchmarks/h200x2.py --tiny --weights /tmp/tiny-x2 --timeout 600        # two CPU processes, to try it out
+
+Data are PhraseBank's training texts; LoRA has rank 16 on all linear layers, and each GPU 32 examples a step. Measured are
+examples/s of all GPUs in the steady state, the first GPU's peak beside the plan's estimate of it (without `other`), the
+seconds of an evaluation by one and by two processes, and the losses of a small model under every strategy. Each system
+runs in processes of its own; what an earlier call has measured stays, and `--systems` does some of it again.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from conditions import SHAPE, conditions, make_weights, write
+
+ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "recipes/sft/mistral-7b-v0.1-phrasebank.yaml"
+EACH = 32
+"""Examples of a GPU in a step."""
+TINY = {**SHAPE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2}  # fmt: skip
+ONE_B = {**SHAPE, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+         "num_key_value_heads": 8}  # fmt: skip
+"""Llama-3.2-1B's layers."""
+BF16, NF4 = ("model.quantization=none",), ("train.gradient_checkpointing=true",)
+ALL = ("model.quantization=none", "lora=null", "train.learning_rate=1e-5", "train.gradient_checkpointing=false")
+
+
+@dataclass(frozen=True)
+class System:
+    """A way to train; the name of the strategy stands first in its own."""
+
+    gpus: int
+    strategy: str
+    overrides: tuple[str, ...] = ()
+    trl: bool = False
+    small: bool = False
+    """On the 1B shape."""
+    steps: int = 24
+
+
+SYSTEMS = {
+    "one GPU": System(1, "single"),
+    "ddp": System(2, "ddp"),
+    "TRL ddp": System(2, "ddp", BF16, trl=True),
+    "fsdp, bf16": System(2, "fsdp", BF16),
+    "TRL fsdp, bf16": System(2, "fsdp", BF16, trl=True),
+    "zero2, bf16": System(2, "zero2", BF16),
+    "TRL zero2, bf16": System(2, "zero2", BF16, trl=True),
+    "zero3, bf16": System(2, "zero3", BF16),
+    "TRL zero3, bf16": System(2, "zero3", BF16, trl=True),
+    "ddp, NF4": System(2, "ddp", NF4),
+    "fsdp, NF4": System(2, "fsdp", NF4),
+    "zero3, NF4": System(2, "zero3", NF4),
+    "zero2, 1B, all weights": System(2, "zero2", ALL, small=True),
+    "fsdp, 1B, all weights": System(2, "fsdp", ALL, small=True),
+}
+EVALUATIONS = {"evaluation, one GPU": 1, "evaluation, two GPUs": 2}
+CURVES = {"losses, one GPU": (1, "single"), **{f"losses, {s}": (2, s) for s in ("ddp", "fsdp", "zero2", "zero3")}}
+"""The small model on real data, so that its losses fall."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where things are, and how long they may take."""
+
+    weights: Path
+    small: Path
+    real: str
+    runs: Path
+    timeout: int
+    tiny: bool
+
+    def prepared(self, name: str, model: str, gpus: int, strategy: str, overrides: Sequence[str]) -> Any:
+        """A run with its plan, for so many GPUs of this machine (or CPU processes)."""
+        from launch import planning
+
+        shutil.rmtree(self.runs / name, ignore_errors=True)
+        where = ("resources.gpus=0", f"resources.cpu_processes={gpus}") if self.tiny else (f"resources.gpus={gpus}",)
+        usual = ("train.optimizer=adamw", "tracking.wandb=disabled", f"train.global_batch={EACH * gpus}")
+        given = (f"model.name={model}", f"distributed.strategy={strategy}", *where, *usual, *overrides)
+        quantized = ("model.quantization=none",) if self.tiny else ()
+        return planning.prepare(str(RECIPE), (*given, *quantized), name, self.runs)
+
+    def run(self, command: Sequence[str], gpus: int) -> str:
+        """What a command prints; raises RuntimeError with it where it fails or takes too long."""
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        if not self.tiny:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
+        else:
+            environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        try:
+            done = subprocess.run(
+                command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=self.timeout
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"over {self.timeout} s: {str(error.stdout)[-1500:]}") from error
+        if done.returncode:
+            raise RuntimeError((done.stdout + done.stderr)[-3500:])
+        return done.stdout
+
+
+def trained(bench: Bench, name: str, system: System) -> dict[str, Any]:
+    """One of our own systems, or TRL under our configuration of Accelerate."""
+    from finllm.plan import Plan
+
+    model = str(bench.small if system.small else bench.weights)
+    steps = f"train.max_steps={min(system.steps, 4) if bench.tiny else system.steps}"
+    slug = "".join(c if c.isalnum() else "-" for c in name)
+    run = bench.prepared(slug, model, system.gpus, system.strategy, (*system.overrides, steps))
+    plan = Plan.of(run)
+    if system.trl:
+        command = list(plan.commands["train"])
+        at = command.index("-m", command.index("launch"))
+        child = [*command[:at], __file__, "--child", str(run.folder), "--weights", str(bench.weights)]
+        answer = bench.run(child, system.gpus)
+        return json.loads(next(line for line in answer.splitlines() if line.startswith("RESULT "))[7:])
+    bench.run(plan.commands["train"], system.gpus)
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    paces = [line["train/examples_per_s"] for line in lines if "train/examples_per_s" in line]
+    peak = max(line.get("train/memory_gib", 0) for line in lines)
+    estimate = plan.memory.allocated if plan.memory else None
+    return {
+        "strategy": plan.strategy,
+        "examples_per_s": round(statistics.median(paces[2:] or paces), 1),
+        "peak_gib": round(peak, 2),
+        "estimate_gib": estimate and round(estimate, 2),
+        "estimate_error": estimate and round(estimate / peak - 1, 3),
+        "micro_batch": plan.micro_batch,
+        "gradient_checkpointing": plan.gradient_checkpointing,
+        "hand_written": plan.hand_written,
+        "expected_examples_per_s": plan.pace and round(plan.pace.examples_per_s, 1),
+    }
+
+
+def by_trl(folder: Path) -> None:
+    """One process of TRL's trainer on a bf16 base, without checkpointing, with the run's recipe and micro-batch."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from finllm import data, distributed, models
+    from finllm.plan import Plan
+    from finllm.prompts import Prompter
+    from finllm.run import Run
+
+    processes = distributed.processes()
+    plan = Plan.of(Run(folder))
+    parts, _ = data.training_parts(plan.recipe.data)
+    on_cpu = plan.device == "cpu"
+    settings = SFTConfig(
+        output_dir=str(folder / "trl"), save_strategy="no", report_to=[], logging_steps=1000, learning_rate=2e-4,
+        per_device_train_batch_size=EACH, max_steps=plan.steps, bf16=not on_cpu, gradient_checkpointing=False,
+        use_cpu=on_cpu and plan.strategy in ("ddp", "fsdp"), ddp_backend="gloo" if on_cpu else None,
+        optim="adamw_torch", disable_tqdm=True,
+    )  # fmt: skip
+    device = models.device_of(plan.device, processes.local_process_index)
+    loaded = models.load(plan.recipe.model, dtype=plan.dtype, device=device)
+    prompter = Prompter(loaded.tokenizer, plan.recipe.prompt)
+    loaded.tokenizer.pad_token = loaded.tokenizer.pad_token or loaded.tokenizer.eos_token
+    times: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times.append(time.monotonic())
+
+    trainer = SFTTrainer(
+        model=loaded.model,
+        args=settings,
+        train_dataset=Dataset.from_list(
+            [{"prompt": prompter.string(e.text), "completion": f" {e.label}"} for e in parts.train]
+        ),
+        processing_class=loaded.tokenizer,
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    if processes.is_main_process:
+        steps = [after - before for before, after in pairwise(times[len(times) // 4 :])]
+        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+        pace = EACH * processes.num_processes / statistics.mean(steps)
+        print("RESULT " + json.dumps({"examples_per_s": round(pace, 1), "peak_gib": round(peak, 2)}), flush=True)
+
+
+def evaluated(bench: Bench, gpus: int) -> dict[str, Any]:
+    """Seconds in which so many processes answer validation and test part, and the answers of the base model."""
+    from finllm.plan import Plan
+    from finllm.predictions import of_run
+
+    zero_shot = ("train=null", "evaluation.baselines=[]", "evaluation.batch_calibration=false")
+    run = bench.prepared(f"evaluation-{gpus}", str(bench.weights), gpus, "auto", zero_shot)
+    bench.run(Plan.of(run).commands["evaluate"], gpus)
+    answers = of_run(run)
+    rows = {p.id: list(p.probabilities) for p in answers.predictions}
+    assert len(rows) == len(answers.predictions), "a row was answered twice"
+    return {"seconds": round(answers.seconds, 3), "rows": len(rows), "answers": rows}
+
+
+def curve(bench: Bench, gpus: int, strategy: str) -> dict[str, Any]:
+    """The losses of each of the first steps on real data, at one global batch."""
+    from finllm.plan import Plan
+
+    steps = 4 if bench.tiny else 40
+    more = ("train.global_batch=32", f"train.max_steps={steps}", "model.quantization=none", "train.learning_rate=4e-4")
+    name = f"losses-{strategy}"
+    run = bench.prepared(name, bench.real, gpus, strategy, more)
+    bench.run(Plan.of(run).commands["train"], gpus)
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return {"losses": {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}}
+
+
+def with_ratios(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The measurements, each with its ratio to what it is to be compared with."""
+    peers = {
+        "ddp": "one GPU",
+        **{name.removeprefix("TRL "): name for name in SYSTEMS if name.startswith("TRL ") and "," in name},
+    }
+    rows = []
+    for name, row in found.items():
+        peer = peers.get(name)
+        ours, theirs = row.get("examples_per_s"), found.get(peer or "", {}).get("examples_per_s")
+        rows.append({"name": name, "peer": peer, "ratio": round(ours / theirs, 2) if ours and theirs else None, **row})
+    both = [found.get(name, {}) for name in EVALUATIONS]
+    if all("seconds" in one for one in both):
+        one, two = both
+        apart = max(
+            abs(a - b) for row in one["answers"] for a, b in zip(one["answers"][row], two["answers"][row], strict=True)
+        )
+        ratio = round(one["seconds"] / two["seconds"], 2)
+        rows.append({"name": "evaluation", "peer": "evaluation, one GPU", "ratio": ratio, "largest_difference": apart})
+    return rows
+
+
+def measure(bench: Bench, name: str) -> dict[str, Any]:
+    if name in SYSTEMS:
+        return trained(bench, name, SYSTEMS[name])
+    return evaluated(bench, EVALUATIONS[name]) if name in EVALUATIONS else curve(bench, *CURVES[name])
+
+
+def main() -> None:
+    names = [*SYSTEMS, *EVALUATIONS, *CURVES]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True, help="folder of the 7B shape; made if it is not there")
+    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer, for models that must be made")
+    parser.add_argument("--real", default="smollm2-135m", help="model for the losses: a folder, or the embedded one")
+    parser.add_argument("--runs", type=Path, default=Path("/tmp/h200x2"))  # noqa: S108
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/h200x2.json")
+    parser.add_argument("--systems", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--timeout", type=int, default=110, help="seconds for one system")
+    parser.add_argument(
+        "--tiny", action="store_true", help="two layers, on two CPU processes; writes no results by itself"
+    )
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.child:
+        by_trl(asked.child)
+        return
+    results = None if asked.tiny and asked.results == parser.get_default("results") else asked.results
+    small = asked.weights.with_name(f"{asked.weights.name}-1b")
+    tokenizer = asked.tokenizer
+    if tokenizer is None and asked.tiny:
+        from finllm import embedded
+
+        tokenizer = embedded.folder()
+    make_weights(asked.weights, tokenizer, TINY if asked.tiny else SHAPE)
+    make_weights(small, tokenizer, TINY if asked.tiny else ONE_B)
+    real = str(asked.weights) if asked.tiny else asked.real
+    bench = Bench(asked.weights.absolute(), small.absolute(), real, asked.runs, asked.timeout, asked.tiny)
+    earlier = json.loads(results.read_text()) if results and results.is_file() else []
+    found = {row["name"]: row for row in earlier if row["name"] in names}
+    common = conditions(
+        note=f"random weights but for the losses; {EACH} examples a GPU and step; validation at the end"
+    )
+    for name in asked.systems:
+        began = time.monotonic()
+        try:
+            found[name] = {**measure(bench, name), **common}
+        except Exception as error:  # noqa: BLE001 -- the others are worth measuring, and the row says why
+            found[name] = {"failed": f"{type(error).__name__}: {error}"[-3000:], **common}
+        said = {key: value for key, value in found[name].items() if key not in {"answers", *common}}
+        print(json.dumps({"name": name, "took_s": round(time.monotonic() - began), **said}), flush=True)
+        if results:
+            write(results, with_ratios(found))
+    if not results:
+        print(json.dumps([{k: v for k, v in row.items() if k != "answers"} for row in with_ratios(found)][-1]))
+
+
+if __name__ == "__main__":
+    main()
