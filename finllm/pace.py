@@ -6,8 +6,10 @@ docs/scaling.md says where the figures come from, and which of them were measure
 from dataclasses import dataclass
 from typing import Literal
 
+from finllm.fitting import Fit, Place, setting
 from finllm.holding import Setting, gathered_bytes, lora_parameters
-from finllm.lengths import ANSWER
+from finllm.lengths import ANSWER, instruction_tokens
+from finllm.recipe import Recipe
 from finllm.shapes import Shape
 from finllm.yamlfile import Spec
 
@@ -69,6 +71,18 @@ class Work:
     def tokens(self) -> float:
         """Of the step."""
         return self.passes * (self.begin * (1 if self.shares else self.rows) + self.rows * self.own)
+
+
+def of(
+    recipe: Recipe, place: Place, chosen: Fit, each: int, *, shares: bool, nodes: int, network_gbit: float | None
+) -> Pace | None:
+    """How fast labels are learnt, where the texts are at hand; pairs and explanations are not reckoned."""
+    if recipe.train is None or recipe.train.method != "sft" or recipe.explanations or not (place.shape and place.texts):
+        return None
+    own = min(place.texts.mean, recipe.prompt.max_tokens) + ANSWER - shares  # the end is no input of a stream
+    work = Work(each // chosen.micro_batch, chosen.micro_batch, instruction_tokens(recipe.prompt), own, shares)
+    how = setting(recipe, place, chosen)
+    return expected(place.shape, how, work, gpu=place.name, nodes=nodes, network_gbit=network_gbit)
 
 
 def expected(

@@ -4,24 +4,24 @@ import math
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from finllm import choices, machine, strategies
+from finllm import choices, machine, pace, strategies
 from finllm.distributed import accelerate_yaml, deepspeed_config
 from finllm.errors import RecipeError
-from finllm.fitting import Fit, Place, setting, too_large_to_load
-from finllm.lengths import ANSWER, Lengths, instruction_tokens
+from finllm.fitting import Place, too_large_to_load
+from finllm.lengths import Lengths
 from finllm.machine import Machine
 from finllm.memory import Estimate
 from finllm.methods import Training
-from finllm.pace import Pace, Work, expected
+from finllm.pace import Pace
 from finllm.provenance import commit, versions
 from finllm.recipe import Recipe, Strategy, recipe_yaml
 from finllm.run import Run, read_json, write_json, write_text
 from finllm.shapes import shape_of
-from finllm.strategies import Considered
+from finllm.strategies import Choice, Considered
 from finllm.yamlfile import Spec
 
 
@@ -133,11 +133,7 @@ def decide(
     The main memory of `here` is that of all nodes, `python` the interpreter there. `processes` and `started`, their
     strategy, are given where something else has already started them, `texts` where the training texts are at hand.
     """
-    asked = recipe.resources
-    here = here if asked.gpu is None else machine.imagined(asked.gpu, 1 if asked.gpus == "auto" else asked.gpus)
-    gpus = len(here.gpus) if asked.gpus == "auto" else asked.gpus
-    if gpus > len(here.gpus):
-        raise RecipeError(f"resources.gpus is {gpus}, but {len(here.gpus)} can be seen here; write auto, or fewer")
+    here, gpus = _machine(recipe, here)
     count, evaluators = _count(recipe, gpus, nodes, processes), _evaluators(recipe, gpus, processes)
     nodes = nodes if count > 1 else 1
     reasons: list[str] = []
@@ -162,34 +158,14 @@ def decide(
         )
 
     choice = strategies.choose(recipe, place_of, processes=count, each=each, started=started, reasons=reasons)
-    place, chosen = choice.place, choice.fit
-    shares = choices.shared_prefix(recipe, chosen.micro_batch, reasons)
+    computed = _computed(recipe, choice, each, nodes, network_gbit, reasons)
+    given = {"recipe": recipe, "source": source, "overrides": overrides, "texts": texts, "rows": rows}
     return Plan(
         name=folder.name,
-        recipe=recipe,
-        source=source,
-        overrides=overrides,
-        device=place.device,
-        gpu=place.name,
+        **given,
+        **computed,
         nodes=nodes,
-        processes=count,
-        strategy=place.strategy,
         evaluators=evaluators,
-        dtype=dtype,
-        micro_batch=chosen.micro_batch,
-        accumulation=each // chosen.micro_batch,
-        gradient_checkpointing=chosen.checkpointing,
-        dequantize=chosen.dequantize,
-        shared_prefix=shares,
-        hand_written=place.hand_written,
-        batch_tokens=chosen.batch_tokens,
-        memory=chosen.memory,
-        layer_parameters=place.shape.linear_parameters // place.shape.layers if place.shape else None,
-        loads_on_host=too_large_to_load(recipe, place, chosen),
-        considered=choice.considered,
-        pace=_pace(recipe, place, chosen, each, shares=shares, nodes=nodes, network_gbit=network_gbit),
-        texts=texts,
-        rows=rows,
         steps=steps_of(recipe.train, rows.train) if recipe.train and rows else None,
         reasons=tuple(reasons),
         commands=_commands(recipe, folder, python, evaluators),
@@ -199,16 +175,41 @@ def decide(
     )
 
 
-def _pace(
-    recipe: Recipe, place: Place, chosen: Fit, each: int, *, shares: bool, nodes: int, network_gbit: float | None
-) -> Pace | None:
-    """How fast labels are learnt, where the texts are at hand; pairs and explanations are not reckoned."""
-    if recipe.train is None or recipe.train.method != "sft" or recipe.explanations or not (place.shape and place.texts):
-        return None
-    own = min(place.texts.mean, recipe.prompt.max_tokens) + ANSWER - shares  # the end is no input of a stream
-    work = Work(each // chosen.micro_batch, chosen.micro_batch, instruction_tokens(recipe.prompt), own, shares)
-    how = setting(recipe, place, chosen)
-    return expected(place.shape, how, work, gpu=place.name, nodes=nodes, network_gbit=network_gbit)
+def _machine(recipe: Recipe, here: Machine) -> tuple[Machine, int]:
+    """The machine to plan for, and how many of its GPUs are used."""
+    asked = recipe.resources
+    here = here if asked.gpu is None else machine.imagined(asked.gpu, 1 if asked.gpus == "auto" else asked.gpus)
+    gpus = len(here.gpus) if asked.gpus == "auto" else asked.gpus
+    if gpus > len(here.gpus):
+        raise RecipeError(f"resources.gpus is {gpus}, but {len(here.gpus)} can be seen here; write auto, or fewer")
+    return here, gpus
+
+
+def _computed(
+    recipe: Recipe, choice: Choice, each: int, nodes: int, network_gbit: float | None, reasons: list[str]
+) -> dict[str, Any]:
+    """How a process computes its `each` examples of a step."""
+    place, chosen = choice.place, choice.fit
+    shares = choices.shared_prefix(recipe, chosen.micro_batch, reasons)
+    return {
+        "device": place.device,
+        "gpu": place.name,
+        "processes": place.processes,
+        "strategy": place.strategy,
+        "dtype": place.dtype,
+        "micro_batch": chosen.micro_batch,
+        "accumulation": each // chosen.micro_batch,
+        "gradient_checkpointing": chosen.checkpointing,
+        "dequantize": chosen.dequantize,
+        "shared_prefix": shares,
+        "hand_written": place.hand_written,
+        "batch_tokens": chosen.batch_tokens,
+        "memory": chosen.memory,
+        "layer_parameters": place.shape.linear_parameters // place.shape.layers if place.shape else None,
+        "loads_on_host": too_large_to_load(recipe, place, chosen),
+        "considered": choice.considered,
+        "pace": pace.of(recipe, place, chosen, each, shares=shares, nodes=nodes, network_gbit=network_gbit),
+    }
 
 
 def _count(recipe: Recipe, gpus: int, nodes: int, started: int | None) -> int:
