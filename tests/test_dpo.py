@@ -460,15 +460,36 @@ def test_rows_and_streams_take_the_same_steps(train: Train, whole: Run, preferri
     assert figures(run, "train/loss") == pytest.approx(figures(whole, "train/loss"), abs=2e-4)
 
 
+FSDP = """
+distributed_type: FSDP
+use_cpu: true
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_cpu_ram_efficient_loading: false
+"""
+ZERO_3 = "distributed_type: DEEPSPEED\nuse_cpu: false\ndeepspeed_config: {zero_stage: 3, zero3_init_flag: false}\n"
+
+
 @pytest.mark.slow
-def test_two_processes_take_the_steps_of_one(whole: Run, preferring: Path, tmp_path: Path) -> None:
-    """Each asks the reference of its share of the pairs; losses, rewards and weights are those of one process."""
+@pytest.mark.parametrize(
+    "configuration",
+    ["distributed_type: MULTI_GPU\nuse_cpu: true\n", FSDP, ZERO_3],
+    ids=["ddp", "fsdp", "zero3"],
+)
+def test_two_processes_take_the_steps_of_one(whole: Run, preferring: Path, tmp_path: Path, configuration: str) -> None:
+    """Each asks the reference of its share of the pairs; losses, rewards and weights are those of one process.
+
+    Under a user's own configuration of Accelerate.
+    """
     from safetensors.torch import load_file
 
     own = tmp_path / "accelerate.yaml"
-    own.write_text("distributed_type: MULTI_GPU\nnum_processes: 2\nuse_cpu: true\nmixed_precision: 'no'\n")
+    own.write_text(f"num_processes: 2\nmixed_precision: 'no'\n{configuration}")
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(own)]
-    environment = {**os.environ, "FINLLM_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ, "FINLLM_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
     done = subprocess.run(
         [*accelerate, "-m", "finllm.train", str(preferring)],
         env=environment, capture_output=True, text=True, check=False, timeout=300,
