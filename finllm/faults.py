@@ -9,6 +9,8 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 Key = tuple[str | int, ...]
+OURS = "Value error, "
+"""How pydantic begins what a validator of ours has said."""
 WORDS = (
     ("Input should be a valid dictionary or instance of ", "it must be a mapping of keys: "),
     ("Input should be a valid tuple", "it must be a list"),
@@ -33,8 +35,15 @@ def described(
         below = any(len(other) > len(key) and other[: len(key)] == key for other in keys)
         if below and all(error["type"] == "too_short" for _, error in here):
             continue  # pydantic counts only the items that are right
-        lines.append(f"{place(key)}: {_fault(key, here)}")
+        lines.append(f"{place(_subject(key, here[0][1]))}: {_fault(key, here)}")
     return lines
+
+
+def _subject(key: Key, error: ErrorDetails) -> Key:
+    """The key that is to be changed: our own faults begin with it, counted from the spec that found them."""
+    if error["type"] != "value_error":
+        return key
+    return (*key, *error["msg"].removeprefix(OURS).split(maxsplit=1)[0].split("."))
 
 
 def dotted(key: Iterable[str | int]) -> str:
@@ -46,15 +55,17 @@ def _fault(key: Key, here: Sequence[tuple[type[BaseModel], ErrorDetails]]) -> st
     spec, error = here[0]
     kind, name, context = error["type"], dotted(key), error.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"{name} is not a known key; {_nearest(str(key[-1]), sorted(spec.model_fields), 'known here: ')}"
+        return f"{name} is not a known key; {_instead(spec, str(key[-1]))}"
     if kind == "missing":
         return f"{name} is missing; {_hint(spec, str(key[-1]))}"
     if kind == "value_error":
-        return f"{name + ': ' if name else ''}{error['msg'].removeprefix('Value error, ')}"
+        return f"{name + ': ' if name else ''}{error['msg'].removeprefix(OURS)}"
     if kind == "union_tag_invalid":
         known = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
         kind_key = context["discriminator"].strip("'")
-        return f"{name}.{kind_key} is {context['tag']!r}; {_nearest(str(context['tag']), known, 'it must be one of ')}"
+        near = difflib.get_close_matches(str(context["tag"]), known, n=1)
+        meant = f"did you mean {near[0]}? It" if near else "it"
+        return f"{name}.{kind_key} is {context['tag']!r}; {meant} must be one of {', '.join(known)}"
     if kind == "union_tag_not_found":
         return f"{name}.{context['discriminator'].strip(chr(39))} is missing; it says which kind this is"
     allowed = list(dict.fromkeys(_allowed(error) for _, error in here))
@@ -80,9 +91,16 @@ def _shown(found: Any) -> str:
     return repr(found)
 
 
-def _nearest(word: str, known: Sequence[str], else_say: str) -> str:
+def _instead(spec: type[BaseModel], word: str) -> str:
+    """What may have been meant by a key that `spec` does not know."""
+    first, _, rest = word.partition(".")
+    if rest and first in spec.model_fields:
+        return (
+            f"in a file, write {rest.rpartition('.')[2]} below {word.rpartition('.')[0]}: dots are for the command line"
+        )
+    known = sorted(spec.model_fields)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"{else_say}{', '.join(known)}"
+    return f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
 
 
 def _hint(spec: type[BaseModel], name: str) -> str:

@@ -112,7 +112,7 @@ def _read_one(path: Path) -> Document:
             raise RecipeError(f"{path}: holds no keys; write a YAML mapping such as `model: smollm2-135m`")
         document.values = _value(root, (), document)
     except YAMLError as error:
-        raise RecipeError(f"{path}: is not YAML: {_yaml_problem(error)}") from error
+        raise RecipeError(f"{path}{_line(error)}: is not YAML: {_yaml_problem(error)}") from error
     except RecursionError as error:
         raise RecipeError(f"{path}: an anchor stands inside itself; write the values out") from error
     return document
@@ -122,11 +122,15 @@ def _yaml() -> YAML:
     return YAML(typ="safe", pure=True)  # the pure reader resolves scalars by YAML 1.2: 2e-4 is a number, no is a word
 
 
+def _line(error: YAMLError) -> str:
+    """`:line`, where it is known."""
+    mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+    return "" if mark is None else f":{mark.line + 1}"
+
+
 def _yaml_problem(error: YAMLError) -> str:
-    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
-        problem = f"line {error.problem_mark.line + 1}: {error.problem}"
-        return f"{problem}; YAML 1.2 has no merge keys, use `extends`" if "2002:merge" in problem else problem
-    return str(error)
+    problem = str(error.problem if isinstance(error, MarkedYAMLError) and error.problem is not None else error)
+    return f"{problem}; YAML 1.2 has no merge keys, use `extends`" if "2002:merge" in problem else problem
 
 
 def _value(node: Any, key: Key, document: Document) -> Any:

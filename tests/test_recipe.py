@@ -104,17 +104,34 @@ def test_a_wrong_training_key_is_refused(tmp_path: Path, change: str, said: str)
         (["data=[sample, sample]"], "data names the same set twice (sample, sample); give each its own `alias`"),
         (["resources.gpus=-1"], "gpus is -1; write auto, or a number from 0"),
         (["data=[]"], "data is []; it needs at least 1 item(s)"),
-        (["data=smaple"], "data.name is 'smaple'; did you mean sample?"),
+        (["data=smaple"], "data.name is 'smaple'; did you mean sample? It must be one of sample, phrasebank"),
         (["data={kind: mixed}"], "data.name is missing"),
         (["data.0.split=cv5-7"], "split is not a known key"),
         (["data=phrasebank", "data.0.split=cv5-7"], "data.0.split is 'cv5-7'; it must be"),
-        (["train.method=spo"], "train.method is 'spo'"),
+        (["train.method=xyz"], "train.method is 'xyz'; it must be one of sft, dpo"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_choices_that_contradict_each_other_are_refused(tmp_path: Path, overrides: list[str], said: str) -> None:
     """Before anything starts, with what to write instead."""
     assert said in faults(tmp_path, WHOLE, *overrides)
+
+
+def test_a_contradiction_is_placed_where_it_can_be_mended(tmp_path: Path) -> None:
+    """At the key that the message begins with, not at the top of the file."""
+    said = faults(
+        tmp_path,
+        "purpose: none\nmodel:\n  name: a\n  quantization: nf4\ndata: sample\nlora: null\ntrain: {method: sft}",
+    )
+    assert "r.yaml:4: model.quantization is nf4 but lora is null" in said
+    said = faults(tmp_path, "model: a\ndata: sample\ntrain:\n  method: sft\n  global_batch: 8\n  micro_batch: 3\n")
+    assert "r.yaml:5: train: global_batch is 8" in said
+
+
+def test_a_key_of_the_command_line_in_a_file_is_explained(tmp_path: Path) -> None:
+    """`model.quantization: nf4` is how overrides are written."""
+    said = faults(tmp_path, "model: a\nmodel.quantization: nf4\ndata: sample\n")
+    assert "r.yaml:2: model.quantization is not a known key; in a file, write quantization below model" in said
 
 
 def test_faults_of_all_parts_are_told_together(tmp_path: Path) -> None:

@@ -86,9 +86,9 @@ def test_a_repeated_key_is_refused(tmp_path: Path, text: str, said: str) -> None
     [
         ("", "holds no keys"),
         ("- a", "holds no keys"),
-        ("engine: [a", "is not YAML: line 1: expected ',' or ']'"),
-        ("engine: {name: a}\n---\nseats: 1", "is not YAML: line 2: but found another document"),
-        ("engine: !!python/name:os.system a", "is not YAML: line 1: could not determine a constructor"),
+        ("engine: [a", "car.yaml:1: is not YAML: expected ',' or ']'"),
+        ("engine: {name: a}\n---\nseats: 1", "car.yaml:2: is not YAML: but found another document"),
+        ("engine: !!python/name:os.system a", "car.yaml:1: is not YAML: could not determine a constructor"),
         ("engine: {<<: {name: a}}", "YAML 1.2 has no merge keys, use `extends`"),
         ("engine: {name: null}", "engine.name is null; it must be a string"),
         ("engine: {name: a, power: .inf}", "engine.power is inf; it must be a finite number"),
