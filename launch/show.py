@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
 from finllm.run import Progress, Run
@@ -106,8 +106,7 @@ class Terminal:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or _Console(highlight=False)
         columns = (
-            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[rest]}", markup=False),
+            TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[rest]}", markup=False),
         )  # fmt: skip
         # No thread draws it: a thread beside signal handlers and forks is a source of trouble.
         self._bars = Bars(*columns, console=self._console, auto_refresh=False, transient=True)
@@ -121,7 +120,7 @@ class Terminal:
     def progress(self, progress: Progress | None) -> None:
         """Draw the bar anew."""
         if progress is not None:
-            rest = " · ".join(_rest(progress))
+            rest = " · ".join([*_count(progress), *_rest(progress)])
             self._bars.update(
                 self._task, description=progress.stage, completed=progress.done, total=progress.total or None, rest=rest
             )
@@ -177,8 +176,14 @@ def forget_output() -> None:
 
 def described(progress: Progress) -> str:
     """Progress in one line: `training 40/120 step · loss 1.234 · 2:10 left`."""
-    count = f"{progress.done}/{progress.total or '?'} {progress.unit}"
-    return " · ".join([f"{progress.stage} {count}", *_rest(progress)])
+    return " · ".join([" ".join([progress.stage, *_count(progress)]), *_rest(progress)])
+
+
+def _count(progress: Progress) -> list[str]:
+    """Nothing where there is nothing to count."""
+    if not progress.total and not progress.done:
+        return []
+    return [f"{progress.done}/{progress.total or '?'} {progress.unit}"]
 
 
 def _rest(progress: Progress) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,7 +103,7 @@ def test_a_stopped_run_continues_to_the_same_losses(train: Train, recipe: Path, 
         torch.testing.assert_close(weights(run)[name], tensor, rtol=0, atol=1e-6)
 
 
-def _stopped_at_step(train: Train, recipe: Path, runs: Path, step: int) -> Run:
+def _stopped_at_step(train: Train, recipe: Path, runs: Path, step: int, *overrides: str) -> Run:
     """A run that found the STOP file after `step` steps."""
     from finllm.training.stopping import StopRequests
 
@@ -121,7 +122,7 @@ def _stopped_at_step(train: Train, recipe: Path, runs: Path, step: int) -> Run:
 
     before, stopping.StopRequests = stopping.StopRequests, StopLater  # type: ignore[misc]
     try:
-        run = train(recipe, runs)
+        run = train(recipe, runs, *overrides)
     finally:
         stopping.StopRequests = before  # type: ignore[misc]
     progress = Progress.of(run)
@@ -138,34 +139,36 @@ def test_a_checkpoint_without_its_marker_does_not_count(train: Train, recipe: Pa
     assert [path.name for path in run.complete_checkpoints()] == ["checkpoint-4"]
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(
-    recipe: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It says the step, the examples and the likely causes; the run folder keeps why; nothing is saved over."""
-    import shutil
-
+def _poison(model: Path) -> None:
+    """Put a NaN among the weights of a model folder."""
     from safetensors.torch import save_file
 
-    broken = tmp_path / "broken"
-    shutil.copytree(tiny_model, broken)
-    tensors = load_file(broken / "model.safetensors")
+    tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    before, command.RUNS = command.RUNS, tmp_path / "runs"
-    try:
-        assert command.main([str(recipe), f"model.name={broken}"]) == 1
-    finally:
-        command.RUNS = before
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(
+    train: Train, recipe: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says the step, the examples and the likely causes; the run folder keeps why; what was saved before stays."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    run = _stopped_at_step(train, recipe, tmp_path / "runs", 4, f"model.name={model}")
+    run.stop_request.unlink()
+    (checkpoint,) = run.complete_checkpoints()
+    before = {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
+    _poison(model)
+    assert command.main([str(run.folder)]) == 1
     said = capsys.readouterr().err
-    assert "the loss is not a finite number at step 1, in the batch of table:" in said
+    assert "the loss is not a finite number at step 5, in the batch of table:" in said
     assert "learning rate" in said
-    run = Run(next((tmp_path / "runs").iterdir()))
     progress = Progress.of(run)
     assert progress is not None
     assert progress.outcome == "failed"
     assert "not a finite number" in progress.error
     assert not run.adapter.exists()
-    assert not run.complete_checkpoints()
+    assert run.complete_checkpoints() == [checkpoint]
+    assert {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()} == before
 
 
 def test_all_weights_can_be_trained(train: Train, recipe: Path, tmp_path: Path) -> None:
