@@ -15,6 +15,7 @@ class Training(Spec):
     """What every training method needs."""
 
     epochs: float = Field(default=3, gt=0)
+    """Passes over the training part; 0.5 is half of one."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many optimizer steps although epochs are left; null is never."""
     global_batch: int = Field(default=16, ge=1)
@@ -22,11 +23,15 @@ class Training(Spec):
     micro_batch: int | Literal["auto"] = "auto"
     """Examples in one forward pass on one GPU."""
     learning_rate: float = Field(default=2e-4, gt=0, lt=1)
+    """The highest, after warm-up. Shipped recipes have 2e-4 for 7B and 8B models, 4.5e-4 to 2e-3 for SmolLM2-135M."""
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """How the learning rate goes on after warm-up: to 0, or as it is."""
     warmup_share: Share = 0.03
     """Share of all steps in which the learning rate rises from 0."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Of AdamW (arXiv 1711.05101), on all that is trained."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """A longer gradient is scaled down to this norm."""
     optimizer: Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"] = "adamw"
     """adamw keeps its state on the device; the paged ones of bitsandbytes move it to host memory (GPU only)."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
@@ -88,7 +93,9 @@ class Dpo(Training):
 
     method: Literal["dpo"]
     epochs: float = Field(default=1, gt=0)
+    """Passes over the pairs; 0.5 is half of one."""
     learning_rate: float = Field(default=5e-6, gt=0, lt=1)
+    """The highest, after warm-up."""
     pairs: Annotated[
         tuple[PairSource, ...],
         BeforeValidator(listed, json_schema_input_type=str | PairSource | tuple[str | PairSource, ...]),

@@ -31,6 +31,7 @@ class Model(Spec):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic, and weights that are not quantised; auto is bf16 on a GPU that has it, fp32 on CPU."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Implementation in Transformers; only `sdpa` lets rows share their prefix."""
 
 
 class Prompt(Spec):
@@ -50,9 +51,11 @@ class Lora(Spec):
     """Low-rank adapters (arXiv 2106.09685), kept in fp32."""
 
     rank: int = Field(default=16, ge=1)
+    """Of the update of each target's weights."""
     alpha: float = Field(default=32, gt=0)
     """The update is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the adapters' inputs that is dropped in training; above 0 rows cannot share their prefix."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Module names such as `[q_proj, v_proj]`, or all linear layers but the head."""
     rank_stabilized: bool = False
@@ -79,6 +82,7 @@ class Evaluation(Spec):
     runs: tuple[str, ...] = ()
     """Earlier runs to compare with, by their names beside this run's or by folder; they answered the same rows."""
     parts: tuple[Literal["validation", "test"], ...] = ("test",)
+    """Which parts are scored; look at `test` once, at the end."""
     batch_tokens: int = Field(default=16_384, ge=256)
     """Tokens in one scoring batch, padding included."""
     bootstrap_draws: int = Field(default=2000, ge=100)
@@ -91,9 +95,13 @@ class Tracking(Spec):
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online with an API key, else offline (the run folder then says how to sync)."""
     project: str = "finllm"
+    """Where runs are shown."""
     entity: str | None = None
+    """User or team; null is the key's own."""
     group: str | None = None
+    """Runs of one name are shown together; a sweep sets it."""
     tags: tuple[str, ...] = ()
+    """Words to find the run by."""
 
 
 class Resources(Spec):

@@ -50,7 +50,7 @@ def markdown() -> str:
     parts: Json = whole["$defs"]
     sections = dict(_sections("", whole, parts))
     titles = {name: title for title, name in sections.items() if name}
-    bodies = [_section(title, parts[name] if name else whole, titles) for title, name in sections.items()]
+    bodies = [_section(title, parts[name] if name else whole, titles, parts) for title, name in sections.items()]
     return "\n".join([HEAD, *bodies]).rstrip("\n")
 
 
@@ -83,19 +83,27 @@ def _kind(part: Json) -> str:
     return next(str(part["properties"][key]["const"]) for key in CHOICES if "const" in part["properties"].get(key, {}))
 
 
-def _section(title: str, part: Json, titles: dict[str, str]) -> str:
+def _section(title: str, part: Json, titles: dict[str, str], parts: Json) -> str:
     rows = [
         (
             f"`{key}`",
             _type(described, titles),
             _default(key, described, part),
-            _folded(described.get("description", "")),
+            _folded(_meaning(described, parts)),
         )
         for key, described in part["properties"].items()
     ]
     lines = [("key", "value", "default", "meaning"), ("---", "---", "---", "---"), *rows]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     return f"## {title}\n\n{_folded(part.get('description', ''))}\n\n{table}\n"
+
+
+def _meaning(described: Json, parts: Json) -> str:
+    """What a key is for; of a part without words of its own, what the part is."""
+    if "const" in described and "description" not in described:
+        return "Chooses this kind."
+    words = described.get("description") or parts.get(next(_references(described), ""), {}).get("description", "")
+    return str(words)
 
 
 def _type(described: Json, titles: dict[str, str]) -> str:

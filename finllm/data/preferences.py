@@ -113,6 +113,7 @@ class File(PairsSpec):
 
     name: Literal["file"]
     path: AbsolutePath
+    """A file of JSON lines, each with `prompt`, `chosen` and `rejected`."""
 
     def read(self, parts: Parts, _data: Sequence[DatasetSpec]) -> list[Preference]:
         """A pair for each line; raises one DataError for all lines that are wrong or give away held-out texts."""
