@@ -1,15 +1,18 @@
 """docs/ and README say nothing that is not so: commands are run or parsed, links lead somewhere, tables are current."""
 
+import argparse
 import json
 import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import finllm
 from finllm.data.sample import Sample
+from finllm.example import LABELS
 from finllm.recipe import Recipe
 from finllm.run import Run
 from launch import cli, help, schema, shipped  # noqa: A004 - the module of that name
@@ -72,6 +75,77 @@ def test_every_launch_of_a_shipped_recipe_can_be_planned(line: str, capsys: pyte
     gpu = [] if any(word.startswith(("resources.gpu=", "--cluster")) for word in words) else ["resources.gpu=a100-80gb"]
     assert cli.main([*words, "--dry-run", *gpu]) == 0
     assert "finllm.train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line", sorted({line for _, line in COMMANDS if line.startswith(("launch my.yaml", "check my.yaml"))})
+)
+def test_every_command_on_a_recipe_of_ones_own_can_be_planned(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`my.yaml` stands for any recipe; here for one on the sample."""
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text("model: smollm2-135m\ndata: sample\ntrain: {method: sft}\n")
+    words = shlex.split(line)
+    assert cli.main([*words, *(["--dry-run"] if words[0] == "launch" else [])]) == 0
+    assert ("no faults" if words[0] == "check" else "finllm.train") in capsys.readouterr().out
+
+
+CURLS = sorted(
+    {line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines() if "curl" in line}
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", CURLS)
+def test_every_curl_is_answered_by_the_service(line: str, tiny_run: Run) -> None:
+    """Route, header and body as they are printed."""
+    from fastapi.testclient import TestClient
+
+    from finllm.service.app import create
+    from finllm.service.reader import Reader
+    from finllm.service.settings import Settings
+
+    said = argparse.ArgumentParser()
+    said.add_argument("url")
+    said.add_argument("-s", action="store_true")
+    said.add_argument("-H", dest="header")
+    said.add_argument("-d", dest="body")
+    asked = said.parse_args(shlex.split(line)[1:])
+    name, value = asked.header.split(": ")
+    texts = json.loads(asked.body)["texts"]
+    with TestClient(create(Reader(tiny_run.folder, device="cpu"), Settings())) as client:
+        answer = client.post(asked.url.removeprefix("localhost:8000"), content=asked.body, headers={name: value})
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["answers"]) == (1 if isinstance(texts, str) else len(texts))
+
+
+def test_the_pages_hold_curls_and_python() -> None:
+    """The tests of them would pass with none."""
+    assert len(CURLS) >= 3
+    assert {named(page) for page in PAGES if blocks(page, "python")} == {"README.md", "docs/tutorial.md"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md"])
+def test_python_in_the_pages_runs(
+    name: str, tiny_run: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As printed, on a tiny model: with a recipe and a run in the places that are named."""
+    quick = "evaluation: {bootstrap_draws: 100, baselines: [majority]}\n"
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "demo.yaml").write_text(recipe.read_text() + quick)
+    monkeypatch.chdir(tmp_path)
+    if name != "README.md":
+        (tmp_path / "runs").mkdir()
+        (tmp_path / "runs" / "news").symlink_to(tiny_run.folder)
+    (code,) = blocks(ROOT / name, "python")
+    names: dict[str, Any] = {}
+    exec(compile(code, name, "exec"), names)  # noqa: S102 - our own pages
+    assert names["predictor"].predict("Orders doubled.")["sentiment"] in LABELS
+    if name == "README.md":
+        assert (tmp_path / "runs" / "demo" / "report.md").is_file()
+        assert names["scores"].parts[0].rows > 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
