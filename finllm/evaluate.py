@@ -21,6 +21,7 @@ from finllm.exhaustion import cause_of
 from finllm.journal import Row, history
 from finllm.plan import Plan, Rows
 from finllm.predictions import Answers
+from finllm.progress import steps
 from finllm.report import Facts
 from finllm.run import Progress, Run
 from finllm.scores import Scores
@@ -73,18 +74,20 @@ def evaluate(run: Run) -> Scores:
     found = systems.answered(run, plan, parts, examples, notes)
     for one in found.answers:
         predictions.write(run, one)
-    scores = score(
-        found.answers,
-        plan.recipe.evaluation.bootstrap_draws,
-        BOOTSTRAP_SEED,
-        parts=plan.recipe.evaluation.parts,
-        missing=found.missing,
-        checks=found.checks,
-    )
+    with steps("drawing intervals", run=run):
+        scores = score(
+            found.answers,
+            plan.recipe.evaluation.bootstrap_draws,
+            BOOTSTRAP_SEED,
+            parts=plan.recipe.evaluation.parts,
+            missing=found.missing,
+            checks=found.checks,
+        )
     scores.save(run)
     facts = _facts(run, plan, parts, notes)
     facts.save(run)
-    report.write(run, scores, plan, facts)
+    with steps("writing the report", run=run):
+        report.write(run, scores, plan, facts)
     Console(width=100).print(report.table(scores))
     _track(tracker, scores, found.answers, facts)
     _done(run)

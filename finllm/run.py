@@ -134,6 +134,11 @@ class Run:
         """The comparison, in Markdown."""
         return self.folder / "report.md"
 
+    @property
+    def page(self) -> Path:
+        """The same as one HTML page."""
+        return self.report.with_suffix(".html")
+
     def complete_checkpoints(self) -> list[Path]:
         """Checkpoints that were written whole, oldest first."""
         found = [(int(match[1]), path) for path in self.checkpoints.glob("checkpoint-*") if (match := _step(path))]

@@ -48,7 +48,8 @@ def answered(run: Run, plan: Plan, parts: Parts, examples: Sequence[Example], no
         return found
     if plan.recipe.evaluation.batch_calibration:
         _without_prior(found)
-    _baselines(found, plan, parts, examples)
+    with steps("fitting the baselines", run=run):
+        _baselines(found, plan, parts, examples)
     for name in plan.recipe.evaluation.classifiers:
         _classifier(found, name, plan, examples, run)
     for name in plan.recipe.evaluation.runs:

@@ -13,8 +13,10 @@ LAST_LINES = 15
 def say_the_end(run: Run, state: State) -> int:
     """Tell how a run ended, and what to do next; returns the exit status."""
     if state.status == "done":
-        made = {"report": run.report, "scores": run.scores, "adapter": run.adapter, "log": run.log}
+        made = {"report": run.report, "": run.page, "scores": run.scores, "adapter": run.adapter, "log": run.log}
         print("", *(f"{name:8} {path}" for name, path in made.items() if path.exists()), sep="\n")
+        if run.adapter.exists():
+            print(f'use      finllm predict {called(run)} "Revenue beat estimates"')
         return DONE
     if state.status == "failed":
         _say_the_failure(run, state)

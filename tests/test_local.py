@@ -146,6 +146,7 @@ def test_a_run_goes_through_its_stages_and_says_where_everything_is(make: Make) 
     assert lines.index("step 3") < lines.index("| system | accuracy |")
     assert f"report   {run.report}" in lines
     assert f"adapter  {run.adapter}" in lines
+    assert lines[-1] == f'use      finllm predict {run.folder} "Revenue beat estimates"'
     assert "\x1b" not in answer.stdout
     assert "\r" not in answer.stdout
     assert (state(run).status, state(run).stage, state(run).attempt, state(run).error) == ("done", "evaluate", 1, "")

@@ -120,7 +120,7 @@ def put(run: Run, title: str, made: Sequence[Block]) -> None:
     for picture in document.pictures(made):
         write_text(figures / f"{picture.name}.svg", picture.svg.replace("currentColor", "#6e7781"))
     write_text(run.report, document.markdown(made))
-    write_text(run.report.with_suffix(".html"), document.page(title, made))
+    write_text(run.page, document.page(title, made))
 
 
 def charts_of(scores: Scores, facts: Facts) -> list[Chart]:
