@@ -10,6 +10,7 @@ STYLE = """<style>
 .block-container {max-width: 46rem; padding-top: 2.5rem; padding-bottom: 4rem;}
 .fl {--positive: #1b8a5a; --neutral: #78808c; --negative: #c8453b; --edge: rgba(128, 128, 128, .28);}
 .fl-head h1 {font-size: 1.7rem; margin: 0; padding: 0; letter-spacing: -.01em;}
+.fl-part {font-size: 1.05rem; font-weight: 650; margin: 1.2rem 0 .2rem;}
 .fl-head p {margin: .3rem 0 0; opacity: .75; overflow-wrap: anywhere;}
 .fl-answers {display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .8rem;}
 .fl-card {border: 1px solid var(--edge); border-radius: .6rem; padding: .9rem 1rem;}
@@ -87,4 +88,4 @@ def past(entries: Sequence[tuple[str, Answer]]) -> str:
         f'<span>{answer["confidence"]:.0%}</span><span title="{escape(text)}">{escape(text)}</span></div>'
         for text, answer in entries
     )
-    return f'<div class="fl">{"".join(lines)}</div>'
+    return f'<div class="fl"><div class="fl-part">Earlier</div>{"".join(lines)}</div>'

@@ -34,7 +34,7 @@ def main() -> None:
     except FinllmError as error:
         st.error(str(error))
         return
-    st.html(bars.head("FinLLM", f"Sentiment of financial news, as {model.reader.name} reads it"))
+    st.html(bars.head("FinLLM", f"Sentiment of financial text, as {model.reader.name} reads it"))
     if source == embedded.NAME:
         st.warning(UNTRAINED)
     if words := model.tested.of_all():
@@ -44,6 +44,7 @@ def main() -> None:
         page_text.show(model)
     with table:
         page_table.show(model)
+    st.html(bars.note("A model's reading, no advice. Texts stay on the machine that runs this page, and are not kept."))
 
 
 def _trained(source: str) -> str:
@@ -54,7 +55,7 @@ def _trained(source: str) -> str:
 
 def _offer(given: str, runs: Path) -> None:
     """What there is instead of a trained run."""
-    st.html(bars.head("FinLLM", "Sentiment of financial news"))
+    st.html(bars.head("FinLLM", "Sentiment of financial text"))
     st.info(f"{Path(given).name} has no trained weights yet." if given else "No run was named.")
     known = sorted(path.parent.name for path in runs.glob("*/adapter") if path.is_dir())
     if known:

@@ -72,11 +72,11 @@ def _show_table(table: Table) -> None:
     content = uploads.answered(table.upload, answers)
     st.download_button("Download with probabilities", content, name, "text/csv", type="primary", on_click="ignore")
     first = [
-        {"sentiment": answers[index]["sentiment"], "confidence": answers[index]["confidence"], "text": text}
+        {"sentiment": answers[index]["sentiment"], "confidence": 100 * answers[index]["confidence"], "text": text}
         for index, text in list(table.texts.items())[:200]
     ]
     style = {
-        "confidence": st.column_config.NumberColumn(format="percent"),
+        "confidence": st.column_config.NumberColumn(format="%.1f%%"),
         "text": st.column_config.TextColumn(width="large"),
     }
     st.dataframe(first, hide_index=True, column_config=style)

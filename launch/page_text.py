@@ -113,7 +113,6 @@ def _show_past(entries: list[Entry]) -> None:
         if e.tuned.future.done() and not e.tuned.future.exception()
     ]
     if done:
-        st.subheader("Earlier", divider=False)
         st.html(bars.past(done))
         st.button("Clear", on_click=lambda: st.session_state.update(history=_history()[:1]))
 

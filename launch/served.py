@@ -28,9 +28,10 @@ def served(source: str) -> Served:
     from finllm.service.reader import Reader
 
     reader = Reader(source)
-    works = {"classify": Work(reader.classify, 32), "explain": Work(reader.explain, 4)}
+    at_once = 64 if reader.on_gpu else 8  # a CPU gains little by more, and progress shall be seen
+    works = {"classify": Work(reader.classify, at_once), "explain": Work(reader.explain, 4)}
     if reader.has_base:
-        works["base"] = Work(reader.classify_with_base, 32)
+        works["base"] = Work(reader.classify_with_base, at_once)
     return Served(reader, Batcher(works, queue_texts=2 * uploads.MAX_ROWS), reliability(source))
 
 

@@ -19,6 +19,11 @@ class Reader:
         """Whether the model is an adapter on a base that can answer beside it."""
         return hasattr(self.predictor.model, "disable_adapter")
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the model is on a GPU."""
+        return bool(self.predictor.model.device.type == "cuda")
+
     def classify(self, texts: list[str], target: str | None = None) -> Sequence[Prediction]:
         """The sentiment of each text."""
         return self.predictor.predict(texts, target)
