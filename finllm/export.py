@@ -137,7 +137,7 @@ def _merge(adapter: Path, card: Card, plan: Plan, to: Path) -> None:
     merged = models.attach(loaded.model, adapter).merge_and_unload(safe_merge=True)  # refuses NaN
     merged.save_pretrained(to)
     loaded.tokenizer.save_pretrained(to)
-    Card(base=card.base, prompt=card.prompt, trained="all weights", commit=card.commit).save(to)
+    card.model_copy(update={"trained": "all weights"}).save(to)
 
 
 def base_of(spec: Model, dtype: Literal["bf16", "fp32"]) -> Loaded:

@@ -27,6 +27,8 @@ class Card(Spec):
     base: Model
     prompt: Prompt
     trained: Literal["adapter", "all weights"]
+    explains: bool = False
+    """They have learnt explanations too; else their base writes better ones."""
     commit: str = ""
 
     def save(self, folder: Path) -> None:

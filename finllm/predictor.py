@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypedDict, overload
 
@@ -60,6 +61,8 @@ class SentimentPredictor:
         self.batch_tokens = batch_tokens
         self._engine = scoring.engine_of(self.model)  # made once: it takes tens of milliseconds
         self._explainer: Explainer | None = None
+        self.base_explains = folder is not None and adapted and not _explains(folder)
+        """Whether the adapter learnt labels alone, so that it is off while explanations are written."""
 
     @overload
     def predict(self, texts: str, target: str | None = None) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is a sequence of str
@@ -86,6 +89,7 @@ class SentimentPredictor:
     ) -> Explanation | list[Explanation]:
         """The sentiment as `predict` gives it, and an explanation of that label, of one text or of each of several.
 
+        An adapter that has learnt labels alone is switched off while the explanation is written.
         An explanation is always a whole JSON string; one of more than `max_tokens` tokens is cut and says so. Raises
         RunError where the model's tokenizer cannot serve.
         """
@@ -93,7 +97,9 @@ class SentimentPredictor:
             raise RunError(f"max_tokens is {max_tokens}; an explanation needs at least 1")
         prompts, predictions = self._read([texts] if isinstance(texts, str) else list(texts), target)
         labels = [prediction["sentiment"] for prediction in predictions]
-        written = self._writer().explain(prompts, labels, max_tokens=max_tokens, batch_tokens=self.batch_tokens)
+        # Adapters that have learnt labels alone stammer where words are wanted (docs/experiments.md).
+        with self.model.disable_adapter() if self.base_explains else nullcontext():
+            written = self._writer().explain(prompts, labels, max_tokens=max_tokens, batch_tokens=self.batch_tokens)
         explained: list[Explanation] = [
             {**prediction, "explanation": one.answer.explanation, "truncated": one.truncated}
             for prediction, one in zip(predictions, written, strict=True)
@@ -137,6 +143,11 @@ def _weights(source: Path) -> Path | None:
             raise RunError(f"{source} has no trained weights yet; see `finllm status {source.name}`")
         return source / "adapter"
     return source if (source / models.CARD).is_file() or models.is_adapter(source) else None
+
+
+def _explains(folder: Path) -> bool:
+    """Whether weights have learnt explanations; those of others may have."""
+    return not (folder / models.CARD).is_file() or Card.of(folder).explains
 
 
 def _base_and_prompt(source: str, folder: Path | None) -> tuple[Model, Prompt]:

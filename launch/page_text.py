@@ -16,6 +16,10 @@ EXAMPLES = (
     "Bad debt expense increased $6 million and is fully recoverable through the approved rate rider.",
 )
 """With mixed signals; the last three are of the sample's test part."""
+WRITTEN = "Written by the model to fit its label; not a record of how it came to it."
+WRITTEN_BY_BASE = (
+    "Written by the base to fit the label, as this model learnt labels alone; not a record of how it came to it."
+)
 MAX_CHARACTERS = 10_000
 MAX_HISTORY = 50
 
@@ -88,7 +92,7 @@ def _show_answer(model: Served, entry: Entry) -> None:
         st.button("Explain", on_click=_explain, args=(model, entry), help="Takes longer: the model writes a reason.")
     elif (why := _answer(entry.why.future)) is not None:
         st.html(bars.why(why["explanation"]))
-        st.html(bars.note("Written by the model to fit its label; not a record of how it came to it."))
+        st.html(bars.note(WRITTEN_BY_BASE if model.reader.base_explains else WRITTEN))
 
 
 def _explain(model: Served, entry: Entry) -> None:

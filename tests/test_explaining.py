@@ -17,6 +17,7 @@ from finllm.data.sample import Sample
 from finllm.errors import RunError
 from finllm.example import LABELS, Label
 from finllm.explaining import Explainer, Grammar, greedy
+from finllm.models import Card
 from finllm.prompts import Prompter
 from finllm.recipe import Prompt
 from finllm.run import Run
@@ -295,6 +296,27 @@ def test_hostile_texts_get_whole_answers_with_the_predicted_label(predictor: Sen
     for answer in answers:
         assert Answer(sentiment=answer["sentiment"], explanation=answer["explanation"])
         assert json.loads(json.dumps(answer)) == answer
+
+
+def test_an_adapter_that_learnt_labels_alone_lets_its_base_explain(tiny_run: Run, tiny_model: Path) -> None:
+    """The labels stay the adapter's; the words are those of the base for these labels."""
+    tuned = SentimentPredictor(tiny_run.folder, device="cpu")
+    base = SentimentPredictor(tiny_model, device="cpu")
+    assert (tuned.base_explains, base.base_explains) == (True, False)
+    answers = tuned.explain(UNSEEN, max_tokens=12)
+    assert [a["probabilities"] for a in answers] == [p["probabilities"] for p in tuned.predict(UNSEEN)]
+    prompts, labels = prompts_of(base.prompter, UNSEEN), [a["sentiment"] for a in answers]
+    explained = (Explainer(one.model, one.prompter) for one in (base, tuned))
+    of_base, of_adapter = (
+        [found.answer.explanation for found in one.explain(prompts, labels, max_tokens=12, batch_tokens=16_384)]
+        for one in explained
+    )
+    assert [a["explanation"] for a in answers] == of_base != of_adapter
+
+
+def test_weights_say_whether_they_have_learnt_explanations(explained: Run, tiny_run: Run) -> None:
+    """What was trained to explain does so itself."""
+    assert (Card.of(explained.adapter).explains, Card.of(tiny_run.adapter).explains) == (True, False)
 
 
 def test_a_limit_of_no_tokens_is_refused(predictor: SentimentPredictor) -> None:

@@ -20,6 +20,11 @@ class Reader:
         return hasattr(self.predictor.model, "disable_adapter")
 
     @property
+    def base_explains(self) -> bool:
+        """Whether explanations are written by the base, since training was on labels alone."""
+        return self.predictor.base_explains
+
+    @property
     def on_gpu(self) -> bool:
         """Whether the model is on a GPU."""
         return bool(self.predictor.model.device.type == "cuda")

@@ -37,6 +37,7 @@ def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: in
     if not parts.train:
         raise RunError(f"{', '.join(s.title for s in recipe.data)}: no training rows; `parts` must name train")
     method, items, init = METHODS[recipe.train.method], learnt(recipe, parts), initial_adapter(recipe)
+    explains = recipe.explanations is not None or (init is not None and Card.of(init).explains)
     if rank == 0:
         print(*notes, _counts(parts, items), sep="\n", flush=True)
     loaded = models.load(
@@ -74,7 +75,7 @@ def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: in
         with shared_prefix.attending(model, streams=collate is not None and engine is None):
             _run(trainer, run, tracker)
     if watcher.stopped_by is None:
-        _save(trainer, loaded.tokenizer, run, plan)
+        _save(trainer, loaded.tokenizer, run, plan, explains=explains)
     tracker.finish()
     return watcher.stopped_by
 
@@ -152,13 +153,19 @@ def _callbacks(spec: Training, watcher: Watcher, *, validates: bool) -> list[Any
     return [watcher, EarlyStoppingCallback(early_stopping_patience=spec.early_stopping)]
 
 
-def _save(trainer: Any, tokenizer: Any, run: Run, plan: Plan) -> None:
+def _save(trainer: Any, tokenizer: Any, run: Run, plan: Plan, *, explains: bool) -> None:
     """The best weights, with what is needed to use them; whole or not at all."""
     temporary = run.folder / ".adapter"
     trainer.save_model(str(temporary))
     if not trainer.accelerator.is_main_process:
         return
     tokenizer.save_pretrained(temporary)
-    trained = "adapter" if plan.recipe.lora else "all weights"
-    Card(base=plan.recipe.model, prompt=plan.recipe.prompt, trained=trained, commit=plan.commit).save(temporary)
+    recipe = plan.recipe
+    Card(
+        base=recipe.model,
+        prompt=recipe.prompt,
+        trained="adapter" if recipe.lora else "all weights",
+        explains=explains,
+        commit=plan.commit,
+    ).save(temporary)
     temporary.rename(run.adapter)
