@@ -16,7 +16,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@if [ -d $(VENV) ] && ! $(PY) -m pip --version >/dev/null 2>&1; then echo "$(VENV) is broken; making it anew"; rm -rf $(VENV); fi
 	@[ -d $(VENV) ] || { echo "Making $(VENV)"; $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3 -m venv failed; on Debian: apt-get install python3-venv"; exit 2; }; }
 	@echo "Installing packages (minutes, once)"
-	@$(call install_packages) && ($(call packages_work)) 2>/dev/null || \
+	@$(call install_packages) || \
+	  { echo "pip has failed, see above. If it was the network, make again; else \`make clean\` begins anew"; exit 2; }
+	@($(call packages_work)) 2>/dev/null || \
 	  { echo "$(VENV) is incomplete; making it anew"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV) && $(call install_packages) && $(call packages_work) && echo "mended"; }
 	@touch $@
 
