@@ -18,17 +18,17 @@ from launch.show import forget_output, usual_runs
 DESCRIPTION = "Fine-tune open language models to read the sentiment of financial text."
 EXAMPLES = """\
 examples
-  finllm launch demo                               train and evaluate the shipped example
-  finllm launch my.yaml train.epochs=1 --dry-run   what would happen, in a second
-  finllm launch my.yaml --name first --detach      go on without this terminal
-  finllm launch my.yaml --cluster slurm/a100.yaml  as a SLURM job that survives its time limit
+  finllm launch demo                               the shipped example
+  finllm launch my.yaml train.epochs=1 --dry-run   the plan, in a second
+  finllm launch my.yaml --name first --detach      without this terminal
+  finllm launch my.yaml --cluster slurm/a100.yaml  as a SLURM job
   finllm status                                    all runs
   finllm logs first -f                             watch one
-  finllm resume first                              go on after a stop or a failure
+  finllm resume first                              after a stop or a failure
   finllm predict first "Revenue beat estimates"    use it
   cat news.txt | finllm predict first --json       one text a line
-  finllm explain first "Revenue beat estimates"    with the reason for the label
-  finllm serve first                               over HTTP; `finllm demo first` is a page
+  finllm explain first "Revenue beat estimates"    with a reason for the label
+  finllm serve first                               over HTTP; `demo` is a page
 
 exit status: 0 done, 1 the run failed, 2 the input is wrong, 130 stopped
 runs are in ./runs, in $FINLLM_RUNS, or where --runs says
@@ -146,9 +146,7 @@ def _add_using(verbs: Verbs) -> None:
         "--max-tokens", type=_count, default=96, metavar="TOKENS", help="of an explanation; a longer one is cut (96)"
     )
 
-    export = _verb(
-        verbs, "export", exporting.export, "write a trained run for other programs, checked, with a model card"
-    )
+    export = _verb(verbs, "export", exporting.export, "write a run for other programs, checked, with a model card")
     _run(export)
     export.add_argument(
         "--format", dest="form", choices=["merged", "adapter", "gguf"], default="merged",
@@ -169,9 +167,7 @@ def _add_using(verbs: Verbs) -> None:
 
 
 def _add_machine(verbs: Verbs) -> None:
-    doctor = _verb(
-        verbs, "doctor", examining.doctor, "what is wrong with this machine or a cluster's, and what mends it"
-    )
+    doctor = _verb(verbs, "doctor", examining.doctor, "what is wrong with this machine or a cluster, and its cure")
     doctor.add_argument(
         "--cluster", dest="cluster_profile", type=Path, metavar="PROFILE",
         help="check a job's nodes: a file such as slurm/a100.yaml",
@@ -191,7 +187,7 @@ def _add_recipes(verbs: Verbs) -> None:
     )
 
     _recipe(_verb(verbs, "check", commands.check, "all faults of a recipe and its data, or their counts"))
-    schema = _verb(verbs, "schema", describing.schema, "JSON schema of a recipe, for editors; or its keys for people")
+    schema = _verb(verbs, "schema", describing.schema, "JSON schema of recipes, for editors; or their keys in tables")
     schema.add_argument("--markdown", dest="as_markdown", action="store_true", help="the keys in tables, with defaults")
 
 

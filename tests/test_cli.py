@@ -42,7 +42,7 @@ def test_help_fits_on_one_screen_and_shows_examples(capsys: pytest.CaptureFixtur
     shown = capsys.readouterr().out
     assert caught.value.code == 0
     assert len(shown.splitlines()) <= 45
-    assert max(map(len, shown.splitlines())) <= 100
+    assert max(map(len, shown.splitlines())) <= 80
     assert "finllm launch demo" in shown
 
 
