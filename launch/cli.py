@@ -187,7 +187,7 @@ def _add_recipes(verbs: Verbs) -> None:
     )
 
     _recipe(_verb(verbs, "check", commands.check, "all faults of a recipe and its data, or their counts"))
-    schema = _verb(verbs, "schema", describing.schema, "JSON schema of recipes, for editors; or their keys in tables")
+    schema = _verb(verbs, "schema", describing.schema, "JSON schema of recipes, for editors; or keys in tables")
     schema.add_argument("--markdown", dest="as_markdown", action="store_true", help="the keys in tables, with defaults")
 
 

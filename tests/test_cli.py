@@ -36,7 +36,7 @@ def small(tmp_path: Path) -> Path:
 
 
 def test_help_fits_on_one_screen_and_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    """45 lines, 100 columns."""
+    """45 lines, 80 columns."""
     with pytest.raises(SystemExit) as caught:
         cli.main(["--help"])
     shown = capsys.readouterr().out
