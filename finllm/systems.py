@@ -110,7 +110,9 @@ def _language_models(found: Answered, run: Run, plan: Plan, parts: Parts, exampl
     is_main = not spread.world()[0]
     if recipe.train is not None and not (run.adapter / models.CARD).is_file():
         raise RunError(f"{run.folder} has no trained weights; `finllm resume {run.name}` trains to the end")
-    loaded = models.load(recipe.model, dtype=plan.dtype, device=device, dequantize=plan.dequantize, run=run)
+    loaded = models.load(
+        recipe.model, dtype=plan.dtype, device=device, dequantize=plan.dequantize, run=run if is_main else None
+    )
     asker = _Asker(run, plan, examples, Prompter(loaded.tokenizer, recipe.prompt))
     name = recipe.model.name
     base = None
