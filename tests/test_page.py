@@ -51,8 +51,8 @@ def demo() -> Iterator[Callable[..., str]]:
 
     yield start
     for process in started:
-        process.terminate()
-        process.wait(20)
+        process.kill()
+        process.wait(LONG_SECONDS)
 
 
 @pytest.fixture(scope="module")
