@@ -19,7 +19,7 @@ from finllm.methods import Training
 from finllm.pace import Pace
 from finllm.provenance import commit, versions
 from finllm.recipe import Recipe, Strategy, recipe_yaml
-from finllm.run import Run, read_json, write_json, write_text
+from finllm.run import Run, read_model, write_json, write_text
 from finllm.shapes import shape_of
 from finllm.strategies import Choice, Considered
 from finllm.yamlfile import Spec
@@ -110,7 +110,7 @@ class Plan(Spec):
     @classmethod
     def of(cls, run: Run) -> "Plan":
         """The plan of a run folder."""
-        return cls.model_validate(read_json(run.plan))
+        return read_model(run.plan, cls)
 
 
 def decide(

@@ -5,7 +5,9 @@ import os
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from finllm.errors import RunError
 
@@ -194,6 +196,21 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} is missing; is {path.parent} a run folder?") from error
     except ValueError as error:
         raise RunError(f"{path} is damaged ({error}); restore it, or start the run anew") from error
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_model(path: Path, model: type[M]) -> M:
+    """The JSON file as `model`; raises RunError where it is missing, damaged, or of another version of FinLLM."""
+    try:
+        return model.model_validate(read_json(path))
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:3])
+        raise RunError(
+            f"{path} is not as this version of FinLLM writes it ({faults}); use the version that made the run, or "
+            "launch its recipe.yaml anew"
+        ) from error
 
 
 Status = Literal["created", "waiting", "running", "stopped", "cancelled", "failed", "done"]

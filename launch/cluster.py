@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from finllm import machine, yamlfile
 from finllm.data.spec import AbsolutePath
 from finllm.machine import Machine
-from finllm.run import Run, read_json, write_json
+from finllm.run import Run, read_model, write_json
 from finllm.yamlfile import Spec
 
 SCHEDULER_EARLY_SECONDS = 60
@@ -190,7 +190,7 @@ def load(path: Path) -> Cluster:
 
 def of(run: Run) -> Cluster:
     """The profile that a run was submitted with."""
-    return Cluster.model_validate(read_json(run.cluster))
+    return read_model(run.cluster, Cluster)
 
 
 def save(run: Run, cluster: Cluster) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from finllm.errors import RunError
+from finllm.plan import Plan
 from finllm.progress import steps
-from finllm.run import COMPLETE, Progress, Run, State, create, find, read_json
+from finllm.run import COMPLETE, Progress, Run, State, create, find, read_json, write_json
 
 
 def test_two_runs_of_one_name_get_two_folders(tmp_path: Path) -> None:
@@ -59,6 +60,13 @@ def test_a_missing_file_says_whose_it_is(tmp_path: Path) -> None:
     """With the folder that was taken for a run."""
     with pytest.raises(RunError, match=r"plan.json is missing; is .* a run folder"):
         read_json(Run(tmp_path).plan)
+
+
+def test_a_plan_of_another_version_is_refused_in_words(tmp_path: Path) -> None:
+    """With the file, the keys, and what to do; not with a traceback."""
+    write_json(Run(tmp_path).plan, {"name": "old"})
+    with pytest.raises(RunError, match=r"plan.json is not as this version .*recipe: Field required.* launch its"):
+        Plan.of(Run(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from finllm.report.parts import part, without_width
 from finllm.report.settings import data, repeat, settings
 from finllm.report.verdict import names_of, verdict, verdicts
 from finllm.report.words import interval, three
-from finllm.run import Run, read_json, write_json, write_text
+from finllm.run import Run, read_model, write_json, write_text
 from finllm.scores import Scores, System
 from finllm.yamlfile import Spec
 
@@ -65,7 +65,7 @@ class Facts(Spec):
     @classmethod
     def of(cls, run: Run) -> "Facts":
         """The facts of a run folder; raises RunError where it has none."""
-        return cls.model_validate(read_json(run.folder / "facts.json"))
+        return read_model(run.folder / "facts.json", cls)
 
 
 def blocks(scores: Scores, plan: Plan, facts: Facts) -> list[Block]:
