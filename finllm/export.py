@@ -16,6 +16,7 @@ from finllm.example import LABELS
 from finllm.models import Card, Loaded
 from finllm.plan import Plan
 from finllm.predictions import Prediction
+from finllm.progress import steps
 from finllm.prompts import Prompter
 from finllm.recipe import FOUR_BIT, Model
 from finllm.run import Run, write_json, write_text
@@ -154,7 +155,9 @@ def _answers(loaded: Loaded, card: Card, rows: list[Prediction], batch_tokens: i
     prompter = Prompter(loaded.tokenizer, card.prompt)
     prompts = prompter.render([row.text for row in rows], [row.target for row in rows])
     labels = [prompter.answers[label] for label in LABELS]
-    found = scoring.score(loaded.model, [p.ids for p in prompts], labels, batch_tokens=batch_tokens)
+    with steps("checking the exported model", len(rows), "text") as counter:
+        ids = [prompt.ids for prompt in prompts]
+        found = scoring.score(loaded.model, ids, labels, batch_tokens=batch_tokens, steps=counter)
     return np.log(np.maximum(scoring.probabilities(found), LEAST))
 
 
