@@ -136,7 +136,7 @@ def test_a_dry_run_shows_what_would_happen(small: Path, tmp_path: Path) -> None:
 def test_a_dry_run_can_be_for_a_gpu_that_is_not_here(small: Path) -> None:
     """And then says so."""
     answer = finllm("launch", str(small), "--dry-run", "resources.gpu=h100-80gb", "resources.gpus=4")
-    assert "device   NVIDIA H100 80 GB, 4 process(es), bf16" in answer.stdout
+    assert "device   NVIDIA H100 80 GB, 4 process(es) (ddp), bf16" in answer.stdout
 
 
 def test_a_dry_run_counts_only_what_is_at_hand(small: Path, tmp_path: Path) -> None:
