@@ -5,25 +5,27 @@
     python benchmarks/results_table.py                                       # README's table from it
 
 First every candidate is trained with one seed and scored on validation alone; its test part is not looked at. The
-settings with the highest macro-F1, the mean over the validation parts of the data that it is trained on, are then trained with each seed and
-scored on the test part, beside the base, TF-IDF and FinBERT where it can be had. What is done is kept in --runs, so that
-the command can be given again.
+settings with the highest macro-F1, the mean over the validation parts of the data that it is trained on, are then
+trained with each seed and scored on the test part, beside the base, TF-IDF and FinBERT where it can be had. What is done
+is kept in --runs and goes on when the command is given again; rows are written as soon as a model and its data are done.
+A GGUF file becomes a model's folder by benchmarks/from_gguf.py.
 """
 
 import argparse
 import itertools
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
+from conditions import write
+from running import Job, Workers
 
 from finllm import calibration, metrics, seeds
 from finllm.assessment import gold_of, groups, predicted_of, probabilities_of, rows_of
@@ -41,6 +43,7 @@ DATA = {
 """What a model is trained and scored on; `all` has FiQA both without and with its target."""
 GRID = {"train.learning_rate": ("3e-4", "4.5e-4", "6e-4"), "lora.rank": ("16", "64")}
 SEEDS = ("42", "43", "44")
+NO_OTHERS = ("evaluation.base=false", "evaluation.baselines=[]", "evaluation.classifiers=[]")
 DRAWS, DRAW_SEED = 2000, 0
 
 
@@ -56,25 +59,6 @@ def candidates(model: str, data: str, grid: dict[str, tuple[str, ...]]) -> list[
         rank = next((value for key, value in zip(grid, values, strict=True) if key == "lora.rank"), None)
         made.append((*overrides, *([f"lora.alpha={2 * int(rank)}"] if rank else [])))
     return made
-
-
-def done(recipe: str, overrides: Sequence[str], folder: Path) -> Run | None:
-    """The run of these settings, trained and evaluated unless it is there; None where it failed, with a word why."""
-    environment = {**os.environ, "FINLLM_RUNS": str(folder), "OMP_NUM_THREADS": "2"}
-    name = Path(recipe).stem
-    run = Run(folder / name)
-    if run.scores.is_file():
-        return run
-    overridden = [*overrides, "tracking.wandb=disabled"]
-    train = [recipe, *overridden] if not run.plan.is_file() else [str(run.folder)]
-    stages = [("finllm.train", train)] if not run.adapter.is_dir() else []
-    for stage, arguments in (*stages, ("finllm.evaluate", [str(run.folder)])):
-        command = [sys.executable, "-m", stage, *arguments]
-        answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if answer.returncode != 0:
-            print(json.dumps({"failed": overridden, "said": (answer.stdout + answer.stderr)[-1500:]}), flush=True)
-            return None
-    return run
 
 
 def named(overrides: Sequence[str]) -> str:
@@ -94,71 +78,100 @@ def validation(run: Run) -> dict[str, float]:
     return dict(zip(("macro_f1", "accuracy", "nll"), np.mean(found, axis=0).tolist(), strict=True))
 
 
-def choose(model: str, data: str, asked: argparse.Namespace) -> tuple[str, ...]:
-    """The overrides of the candidate with the highest validation macro-F1; nothing of the test part is computed."""
-    only = (
-        "evaluation.parts=[validation]",
-        "evaluation.base=false",
-        "evaluation.baselines=[]",
-        "evaluation.classifiers=[]",
-    )
+def choose(model: str, data: str, asked: argparse.Namespace, workers: Workers) -> tuple[str, ...] | None:
+    """The overrides of the candidate with the highest validation macro-F1; nothing of the test part is computed.
+
+    None where a candidate is not done: the best of some is not the best of all.
+    """
     cells = candidates(model, data, asked.grid)
-
-    def one(cell: tuple[str, ...]) -> tuple[tuple[str, ...], Run | None]:
-        wanted = (*cell, f"train.seed={SEEDS[0]}", *only)
-        return cell, done(asked.recipe, wanted, asked.runs / "choose" / data / named(cell))
-
+    folder = asked.runs / "choose" / data
+    alone = ("evaluation.parts=[validation]", *NO_OTHERS)
+    jobs = [
+        Job(
+            "candidate",
+            Path(asked.recipe),
+            (*cell, f"train.seed={SEEDS[0]}", *alone, *asked.also),
+            folder / named(cell),
+        )
+        for cell in cells
+    ]
     ranked = []
-    with ThreadPoolExecutor(asked.at_once) as pool:
-        for cell, run in pool.map(one, cells):
-            if run is not None:
-                said = validation(run)
-                print(json.dumps({"candidate": cell, "validation": said}), flush=True)
-                ranked.append((said["macro_f1"], -said["nll"], cell))
-    if not ranked:
-        sys.exit(f"{model}, {data}: no candidate could be trained")
+    for cell, found in zip(cells, workers.all(jobs), strict=True):
+        if found.failed:
+            say(failed=[*cell], said=found.failed)
+            continue
+        said = validation(found.job.run)
+        say(candidate=cell, seconds=found.seconds, validation=said)
+        ranked.append((said["macro_f1"], -said["nll"], cell))
+    if len(ranked) < len(cells):
+        return None
     best = max(ranked)[2]
-    print(json.dumps({"chosen": best}), flush=True)
+    say(chosen=best)
     return best
 
 
-def measure(model: str, data: str, cell: tuple[str, ...], asked: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the chosen settings over the seeds, and of everything that they are compared with."""
-    settings = tuple(f"train.seed={seed}" for seed in asked.seeds)
+def measure(
+    model: str, data: str, cell: tuple[str, ...], asked: argparse.Namespace, workers: Workers
+) -> list[dict[str, Any]]:
+    """Rows of the chosen settings over the seeds that are done, and of everything that they are compared with."""
+    jobs = []
+    for number, seed in enumerate(f"train.seed={seed}" for seed in asked.seeds):
+        others = () if number == 0 else NO_OTHERS  # the base and the baselines know no seed
+        folder = asked.runs / "measure" / data / named((*cell, seed))
+        jobs.append(Job("measured", Path(asked.recipe), (*cell, seed, *others, *asked.also), folder))
+    ended = workers.all(jobs)
+    for one in ended:
+        if one.failed:
+            say(failed=[*one.job.overrides], said=one.failed)
+    if ended[0].failed:
+        return []
+    runs = [one.job.run for one in ended if not one.failed]
+    seeds_done = [seed for seed, one in zip(asked.seeds, ended, strict=True) if not one.failed]
+    return rows_of_runs(runs, facts(model, data, cell, seeds_done, asked, Plan.of(runs[0])))
 
-    def one(seed: str) -> Run | None:
-        return done(asked.recipe, (*cell, seed), asked.runs / "measure" / data / named((*cell, seed)))
 
-    with ThreadPoolExecutor(asked.at_once) as pool:
-        runs = [run for run in pool.map(one, settings) if run is not None]
-    if len(runs) < len(settings):
-        sys.exit(f"{model}: {len(settings) - len(runs)} of {len(settings)} seeds failed; give the command again")
-    plan, scores = Plan.of(runs[0]), Scores.of(runs[0])
-    facts = {
-        "model": model,
+def facts(
+    model: str, data: str, cell: tuple[str, ...], seeds_done: list[str], asked: argparse.Namespace, plan: Plan
+) -> dict[str, Any]:
+    """What all rows of one model and its data say."""
+    return {
+        "model": shown(model),
         "trained_on": data,
-        "recipe": asked.recipe,
+        "recipe": str(Path(asked.recipe).absolute().relative_to(ROOT))
+        if Path(asked.recipe).absolute().is_relative_to(ROOT)
+        else asked.recipe,
         "overrides": list(cell),
-        "seeds": list(asked.seeds),
+        "candidates": len(candidates(model, data, asked.grid)),
+        "seeds": seeds_done,
         "hardware": plan.gpu or plan.device,
         "versions": plan.versions,
         "commit": plan.commit,
         "date": datetime.now(UTC).date().isoformat(),
         "interval": f"95 %, {DRAWS} draws of twin groups and seeds",
     }
-    rows = []
+
+
+def rows_of_runs(runs: Sequence[Run], common: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every system of the first run, and the tuned one over all, on every part of the test data."""
+    scores, rows = Scores.of(runs[0]), []
     own = [of_run(run) for run in runs]
     for part in scores.parts:
         for system in scores.systems:
             each = own if system.key == own[0].key else [of_run(runs[0], system.key)]
-            rows += [{**facts, **row, "system": system.key, "name": system.name, "marks": list(system.marks),
+            name = system.name.replace(Plan.of(runs[0]).recipe.model.name, common["model"])
+            rows += [{**common, **row, "system": system.key, "name": name, "marks": list(system.marks),
                       "ms_one_text": system.latency_ms, "texts_per_s": round(system.texts_per_second, 1)}
                      for row in of_part(each, part.dataset)]  # fmt: skip
         rows += [
-            {**facts, "dataset": part.dataset, "system": m.key, "name": m.name, "missing": m.why}
+            {**common, "dataset": part.dataset, "system": m.key, "name": m.name, "missing": m.why}
             for m in scores.missing
         ]
     return rows
+
+
+def shown(model: str) -> str:
+    """A model's name, or that of its folder."""
+    return Path(model).name if Path(model).is_dir() else model
 
 
 def of_part(answers: Sequence[Answers], dataset: str) -> list[dict[str, Any]]:
@@ -195,6 +208,38 @@ def row(dataset: str, kind: str, each: Sequence[Sequence[Prediction]]) -> dict[s
     }
 
 
+def say(**facts_: Any) -> None:
+    """One line of JSON."""
+    print(json.dumps(facts_), flush=True)
+
+
+class Output:
+    """The file of rows: those of a model and its data take the place of older ones at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, Lock()
+
+    def put(self, made: Sequence[dict[str, Any]]) -> None:
+        """Write rows of one model and its data."""
+        with self._lock:
+            before = json.loads(self._path.read_text()) if self._path.is_file() else []
+            key = {(row["model"], row["trained_on"]) for row in made}
+            kept = [row for row in before if (row["model"], row["trained_on"]) not in key]
+            write(self._path, [*kept, *made])
+
+
+def study(model: str, data: str, asked: argparse.Namespace, workers: Workers, output: Output) -> bool:
+    """Choose, then measure, one model on one kind of data; whether all of it is done."""
+    cell = choose(model, data, asked, workers)
+    if cell is None:
+        return False
+    made = measure(model, data, cell, asked, workers)
+    output.put(made)
+    for one in made:
+        say(**one)
+    return bool(made) and made[0]["seeds"] == list(asked.seeds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["smollm2-135m"], help="names, hub ids or folders")
@@ -203,17 +248,18 @@ def main() -> None:
     parser.add_argument("--grid", type=json.loads, default=GRID, help='JSON: {"train.learning_rate": ["3e-4"], ...}')
     parser.add_argument("--seeds", nargs="+", default=list(SEEDS))
     parser.add_argument("--at-once", type=int, default=1, help="runs that share the machine")
+    parser.add_argument("--minutes", type=float, help="end before so many; what is done is kept, the rest goes on")
+    parser.add_argument("--also", nargs="*", default=[], metavar="key=value", help="for every run, such as max_steps")
     parser.add_argument("--runs", type=Path, default=Path("runs/headline"))
     parser.add_argument("--output", type=Path, default=RESULTS)
     asked = parser.parse_args()
-    before = json.loads(asked.output.read_text()) if asked.output.is_file() else []
-    for model, data in itertools.product(asked.models, asked.data):
-        made = measure(model, data, choose(model, data, asked), asked)
-        before = [row for row in before if (row["model"], row["trained_on"]) != (model, data)] + made
-        asked.output.parent.mkdir(parents=True, exist_ok=True)
-        asked.output.write_text(json.dumps(before, indent=1) + "\n")
-        for one in made:
-            print(json.dumps(one), flush=True)
+    asked.runs = asked.runs.absolute()
+    workers, output = Workers(asked.at_once, asked.minutes), Output(asked.output)
+    studies = list(itertools.product(asked.models, asked.data))
+    with ThreadPoolExecutor(len(studies)) as together:
+        whole = list(together.map(lambda of: study(*of, asked, workers, output), studies))
+    if not all(whole):
+        sys.exit("not all is done; give the command again, with the same --runs")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from finllm.answer import opening
 from finllm.data import preferences
 from finllm.data.parts import Parts
 from finllm.data.preferences import Preference
@@ -37,7 +38,8 @@ def counted(recipe: Recipe, parts: Parts) -> tuple[Rows, Lengths | None]:
 
 def _as_text(pair: Preference) -> Example:
     """As long as what a stream holds of the pair."""
-    text = f"{pair.text} {pair.chosen} {pair.rejected}"
+    around = [opening(label) for label in LABELS[:2]] if pair.reasons else []
+    text = " ".join([pair.text, *pair.answers, *around])
     return Example(pair.id, pair.source, text, LABELS[0], "train", target=pair.target)
 
 

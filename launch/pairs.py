@@ -35,7 +35,7 @@ def lines(pairs: Sequence[Preference]) -> list[str]:
         told.append(f"         and {len(kinds) - 12} other kinds")
     told += [f"  {count:5}  agreement {band}" for band, count in sorted(bands.items(), reverse=True)]
     told += [
-        f"  {pair.id}: {_short(pair.chosen, 40)} over {_short(pair.rejected, 40)}: {_short(pair.text)}"
+        f"  {pair.id}: {_short(pair.answers[0], 60)} over {_short(pair.answers[1], 60)}: {_short(pair.text)}"
         for pair in drawn
     ]
     return told

@@ -229,21 +229,26 @@ def test_an_earlier_run_can_be_a_system_of_an_evaluation(tmp_path: Path) -> None
         earlier("before", now, other)
 
 
-def test_headline_rows_follow_from_the_runs_of_the_chosen_settings(tmp_path: Path) -> None:
+def test_headline_rows_follow_from_the_runs_of_the_chosen_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Candidates are ranked by validation; the rows have mean and deviation over the seeds, n, interval and settings."""
-    headline = load("headline")
+    headline = load("headline", monkeypatch)
     grid = {"lora.rank": ("8", "16")}
     poor, good = headline.candidates("m", "phrasebank", grid)
     assert good == ("model.name=m", "data=[phrasebank]", "lora.rank=16", "lora.alpha=32")
     recipe = tmp_path / "x.yaml"
     for cell, share in ((poor, {"validation": 0.5, "test": 0.95}), (good, {"validation": 0.9, "test": 0.8})):
-        evaluated(tmp_path / "choose" / "phrasebank" / headline.named(cell), "x", share)
+        run = evaluated(tmp_path / "choose" / "phrasebank" / headline.named(cell), "x", share)
+        run.adapter.mkdir()
     for seed in (42, 43):
         name = headline.named((*good, f"train.seed={seed}"))
-        evaluated(tmp_path / "measure" / "phrasebank" / name, "x", {"validation": 0.9, "test": 0.8}, seed=seed)
-    asked = argparse.Namespace(recipe=str(recipe), grid=grid, seeds=["42", "43"], at_once=2, runs=tmp_path)
-    assert headline.choose("m", "phrasebank", asked) == good
-    (row,) = headline.measure("m", "phrasebank", good, asked)
+        run = evaluated(tmp_path / "measure" / "phrasebank" / name, "x", {"validation": 0.9, "test": 0.8}, seed=seed)
+        run.adapter.mkdir()
+    asked = argparse.Namespace(recipe=str(recipe), grid=grid, seeds=["42", "43"], runs=tmp_path, also=[])
+    workers = headline.Workers(2)
+    assert headline.choose("m", "phrasebank", asked, workers) == good
+    (row,) = headline.measure("m", "phrasebank", good, asked, workers)
     answers = [predictions.of_run(run) for run in map(Run, (tmp_path / "measure" / "phrasebank").glob("*/x"))]
     shares = [100 * np.mean([p.predicted == p.gold for p in one.predictions if p.part == "test"]) for one in answers]
     assert (row["dataset"], row["texts"], row["n"], row["runs"], row["system"]) == ("news", "all", 150, 2, "tuned")
@@ -252,11 +257,23 @@ def test_headline_rows_follow_from_the_runs_of_the_chosen_settings(tmp_path: Pat
     assert row["accuracy"]["low"] < row["accuracy"]["mean"] < row["accuracy"]["high"]
     assert row["overrides"] == list(good)
     assert json.loads(json.dumps(row)) == row
+    output = headline.Output(tmp_path / "headline.json")
+    for made in ([row], [{**row, "model": "other"}], [{**row, "n": 1}]):
+        output.put(made)
+    assert [(one["model"], one["n"]) for one in json.loads((tmp_path / "headline.json").read_text())] == [
+        ("other", 150), ("m", 1)
+    ]  # fmt: skip
+    late = argparse.Namespace(**{**vars(asked), "seeds": ["42", "43", "44"]})
+    (some,) = headline.measure("m", "phrasebank", good, late, headline.Workers(2, minutes=0))
+    assert (some["seeds"], some["runs"]) == (["42", "43"], 2), "the seed that found no time is left out, not the others"
+    wider = argparse.Namespace(**{**vars(asked), "grid": {"lora.rank": ("8", "16", "32")}})
+    assert headline.choose("m", "phrasebank", wider, headline.Workers(2, minutes=0)) is None
 
 
-def load(name: str) -> Any:
-    """A script of benchmarks/ as a module."""
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A script of benchmarks/ as a module, with those that stand beside it."""
     path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    monkeypatch.syspath_prepend(str(path.parent))
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

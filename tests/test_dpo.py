@@ -20,13 +20,14 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from finllm.data.preferences import Preference
+from finllm.errors import RunError
 from finllm.fast.engine import Engine
 from finllm.journal import history
 from finllm.run import Run
 from finllm.shared_prefix import BRANCHES, NAME, attending, shared_length
 from finllm.training import pairs
 from finllm.training.batches import GlobalBatches
-from finllm.training.dpo import Dpo, log_probabilities
+from finllm.training.dpo import Dpo, log_probabilities, refuse_another_policy
 from finllm.training.pairs import PairRow
 from finllm.training.watching import LossWatch
 
@@ -257,6 +258,51 @@ def test_a_rejected_answer_that_sees_the_chosen_one_is_noticed(wrong: str) -> No
     assert max(padded_and_stream(made, given, batch)) > 1e-3
 
 
+def test_what_is_always_given_has_no_part_in_the_loss() -> None:
+    """On streams, on padded rows and by hand: log-probabilities less those of the tokens that are given."""
+    made, plain = model(), rows(5, longest=6)
+    masked = [
+        replace(row, given=(range(1, len(row.chosen) - 1), range(1, min(3, len(row.rejected) - 1)))) for row in plain
+    ]
+    assert any(row.learnt != (len(row.chosen), len(row.rejected)) for row in masked)
+    assert max(padded_and_stream(made, masked, pairs.stream(masked))) < WITHIN
+    with torch.no_grad():
+        whole, found = (by_rows(made, pairs.pad(given)["inputs"]) for given in (plain, masked))
+        by_hand = Engine(made).log_probabilities_of_pairs(
+            Dpo.packed(masked, shared=shared_length([row.prompt for row in masked]), device="cpu")["stream"]
+        )
+    assert by_hand == pytest.approx(found, rel=1e-5)
+    first, alone = masked[0], []
+    for answer, given in ((first.chosen, first.given[0]), (first.rejected, first.given[1])):
+        with torch.no_grad():
+            log_p = made(torch.tensor([[*first.prompt, *answer]]), use_cache=False).logits[0].log_softmax(-1)
+        alone.append(sum(float(log_p[len(first.prompt) - 1 + at, answer[at]]) for at in given))
+    assert whole[0] - found[0] == pytest.approx(alone[0], rel=1e-4)
+    assert whole[5] - found[5] == pytest.approx(alone[1], rel=1e-4, abs=1e-6)
+    assert pairs.meta(masked)["learnt"] == (5, sum(row.learnt[0] for row in masked))
+
+
+def test_explained_answers_are_those_that_sft_learns(tiny_model: Path) -> None:
+    """The same tokens, and the same of them given; the reason of a label and the other label with the same reason."""
+    from finllm.example import Example
+    from finllm.prompts import Prompter
+    from finllm.recipe import Recipe
+    from finllm.training.batches import encode
+
+    prompter = Prompter(tokenizer(tiny_model), Recipe.model_validate({"model": "x", "data": "sample"}).prompt)
+    why = "Profit rose by a fifth."
+    pair = Preference("x:1", "careless", "Profit rose.", None, "positive", "negative", reasons=(why, why))
+    train_ = {"method": "sft", "explanations": {}}
+    sft = Recipe.model_validate({"model": "x", "data": "sample", "train": train_})
+    dpo = Recipe.model_validate({"model": "x", "data": "sample", "train": {"method": "dpo", "pairs": "careless"}})
+    (row,) = pairs.encode([pair], prompter, dpo)
+    for label, answer, given in (("positive", row.chosen, row.given[0]), ("negative", row.rejected, row.given[1])):
+        example = Example("x:1", "x", "Profit rose.", label, "train", explanation=why)
+        (learnt,) = encode([example], prompter, sft)
+        assert (row.prompt, answer) == (learnt.prompt, learnt.answer)
+        assert [*given] == [at for at, weight in enumerate(learnt.weights or ()) if not weight]
+
+
 def test_prompt_and_instruction_stand_once_in_a_stream() -> None:
     """Of labels, a pair costs its text and one token for each answer."""
     given = rows(5, longest=1)
@@ -356,6 +402,23 @@ def test_a_resumed_run_restores_the_policy_and_ends_as_one_that_was_not_stopped(
     base = hf.AutoModelForCausalLM.from_config(CONFIGS["llama"]())
     policy = weights(PeftModel.from_pretrained(base, str(tmp_path / "checkpoint-6"), is_trainable=True))
     assert worst(policy, whole) == 0
+
+
+def test_a_resume_that_restores_another_adapter_is_refused(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Transformers 5.19 to 5.21 did where a checkpoint holds two: the run ends, and names version and checkpoint."""
+    sizes: dict[str, Any] = {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 2}
+    trainer = ours(model(), rows(24), tiny_model, tmp_path, learning_rate=1e-2, **sizes)
+    trained(trainer, streams=True)
+    saved = tmp_path / "checkpoint-2"
+    with pytest.raises(RunError, match=r"did not restore the policy \(\d+ of \d+ weights differ"):
+        refuse_another_policy(trainer.model, saved)  # step 6 against step 2
+    refuse_another_policy(trainer.model, tmp_path / "checkpoint-6")
+    again = ours(model(), rows(24), tiny_model, tmp_path, **sizes)
+    monkeypatch.setattr(hf.Trainer, "_load_from_checkpoint", lambda *_: None)
+    with pytest.raises(RunError, match=rf"Transformers {hf.__version__} did not restore the policy"):
+        trained(again, streams=True, resume_from_checkpoint=str(saved))
 
 
 def test_trls_own_trainer_saves_its_reference_beside_the_policy(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Pairs of answers: from out-of-fold predictions, from mixed signals, from a file; and never from held-out texts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from finllm import data
 from finllm.data import preferences
+from finllm.data.parts import Parts
 from finllm.data.preferences import Careless, File, Folds, Preference
 from finllm.data.sample import Sample
 from finllm.errors import DataError, RecipeError
@@ -172,12 +174,29 @@ def test_mixed_signals_make_pairs_of_training_rows_alone() -> None:
         preferences.read([Careless(name="careless")], data.training_parts([plain])[0], [plain])
 
 
+def test_explained_pairs_prefer_a_label_to_one_that_its_reason_contradicts() -> None:
+    """Only rows that say why; both labels have the reason of the right one."""
+    found = preferences.read([Careless(name="careless", explained=True)], PARTS, [SPEC])
+    rows = {row.id: row for row in PARTS.train if row.careless and row.explanation}
+    assert {pair.id: pair.reasons for pair in found} == {
+        row.id: (row.explanation, row.explanation) for row in rows.values()
+    }
+    assert found[0].answers == (
+        f"{found[0].chosen}: {found[0].reasons[0]}",
+        f"{found[0].rejected}: {found[0].reasons[1]}",
+    )  # type: ignore[index]
+    plain = Parts(train=tuple(replace(row, explanation=None) for row in PARTS.train), validation=(), test=())
+    with pytest.raises(DataError, match="take out `explained`"):
+        preferences.read([Careless(name="careless", explained=True)], plain, [SPEC])
+
+
 def file_of(folder: Path, *lines: Any) -> File:
     path = folder / "own.jsonl"
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
     return File(name="file", path=path)
 
 
+WHY = {"chosen_explanation": "Output grew.", "rejected_explanation": "Grade fell."}
 GOOD = {"prompt": "Zarquon Mining's ore grade fell while output doubled.", "chosen": "positive", "rejected": "negative"}
 
 
@@ -185,6 +204,9 @@ def test_a_file_of_ones_own_gives_pairs(tmp_path: Path) -> None:
     """Answers may be any text; blank lines are passed over."""
     long = {**GOOD, "prompt": "Quibble & Sons merges.", "chosen": "neutral, as no price is named", "target": "Quibble"}
     found = preferences.read([file_of(tmp_path, GOOD, "", long)], PARTS, [SPEC])
+    reasons = {**GOOD, **WHY, "rejected": "positive"}
+    (explained,) = preferences.read([file_of(tmp_path, reasons)], PARTS, [SPEC])
+    assert (explained.chosen, explained.rejected, explained.reasons) == ("positive", "positive", (*WHY.values(),))
     assert found == [
         Preference("own.jsonl:1", "file", GOOD["prompt"], None, "positive", "negative"),
         Preference("own.jsonl:3", "file", long["prompt"], "Quibble", "neutral, as no price is named", "negative"),
@@ -201,8 +223,22 @@ def test_a_file_of_ones_own_gives_pairs(tmp_path: Path) -> None:
         ({**GOOD, "chosen": "negative "}, "line 2: chosen and rejected are the same"),
         ({**GOOD, "prompt": " "}, "line 2: prompt, chosen or rejected holds only white space"),
         ({**GOOD, "chosen": 3}, "line 2: chosen: Input should be a valid string"),
+        ({**GOOD, "chosen_explanation": "x"}, "line 2: has one explanation; give both"),
+        ({**GOOD, **WHY, "chosen": "up"}, "line 2: 'up' has an explanation, so it must be one of negative, neutral"),
+        ({**GOOD, "rejected": "positive", **dict.fromkeys(WHY, "x")}, "both answers and explanations are the same"),
     ],
-    ids=["no JSON", "no object", "a key missing", "a key misspelt", "no preference", "no text", "a number"],
+    ids=[
+        "no JSON",
+        "no object",
+        "a key missing",
+        "a key misspelt",
+        "no preference",
+        "no text",
+        "a number",
+        "half explained",
+        "an explanation of no label",
+        "the same explanation",
+    ],
 )
 def test_a_wrong_line_is_named(line: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=said):

@@ -5,6 +5,8 @@
     careless   training rows with mixed signals: the label, and what a careless reader answers
     file       your own: a text, the better and the worse answer
 
+An answer is a label, in a file any words, or a label with its explanation.
+
 A text of the validation or the test part, or a near twin of one, is refused wherever it comes from.
 """
 
@@ -43,6 +45,18 @@ class Preference:
     rejected: str
     agreement: str | None = None
     """Band of annotator agreement in per cent, where it is known."""
+    reasons: tuple[str, str] | None = None
+    """Explanations of both answers, which then are labels; None for answers without."""
+
+    @property
+    def answers(self) -> tuple[str, str]:
+        """Both answers, in words."""
+        reasons = self.reasons or ("", "")
+        chosen, rejected = (
+            f"{answer}: {why}" if why else answer
+            for answer, why in zip((self.chosen, self.rejected), reasons, strict=True)
+        )
+        return chosen, rejected
 
 
 class PairsSpec(Spec):
@@ -56,7 +70,21 @@ class PairsSpec(Spec):
         return self.bands is None or agreement in self.bands
 
 
-class Folds(PairsSpec):
+class Confused(PairsSpec):
+    """Pairs of a training row's label over another label."""
+
+    explained: bool = False
+    """Only rows that say why: the label with its explanation over the other label with the same, which contradicts it."""
+
+    def pair(self, row: Example, confused: Label, source: Literal["folds", "careless"]) -> Preference | None:
+        """The pair of a row; None where an explanation is asked for that it does not have."""
+        if self.explained and not row.explanation:
+            return None
+        reasons = (row.explanation, row.explanation) if self.explained and row.explanation else None
+        return Preference(row.id, source, row.text, row.target, row.label, confused, row.agreement, reasons)
+
+
+class Folds(Confused):
     """Pairs from predictions on training rows by models that had not seen them."""
 
     name: Literal["folds"]
@@ -75,11 +103,11 @@ class Folds(PairsSpec):
             shares: dict[Label, float] = dict(zip(LABELS, found[row.id], strict=True))
             confused = max((label for label in LABELS if label != row.label), key=shares.__getitem__)
             if shares[row.label] - shares[confused] < self.margin:
-                pairs.append(Preference(row.id, "folds", row.text, row.target, row.label, confused, row.agreement))
-        return pairs
+                pairs.append(self.pair(row, confused, "folds"))
+        return [pair for pair in pairs if pair is not None]
 
 
-class Careless(PairsSpec):
+class Careless(Confused):
     """Pairs from training rows with mixed signals, which say what a careless reader answers; the sample has some."""
 
     name: Literal["careless"]
@@ -87,14 +115,14 @@ class Careless(PairsSpec):
     def read(self, parts: Parts, data: Sequence[DatasetSpec]) -> list[Preference]:
         """A pair for each such row; raises DataError where there is none."""
         pairs = [
-            Preference(row.id, "careless", row.text, row.target, row.label, row.careless, row.agreement)
+            self.pair(row, row.careless, "careless")
             for row in parts.train
             if row.careless is not None and self.wants(row.agreement)
         ]
         if not pairs:
             named = ", ".join(spec.title for spec in data)
             raise DataError(f"{named}: no training row says what a careless reader answers; add the data set `sample`")
-        return pairs
+        return [pair for pair in pairs if pair is not None]
 
 
 class Line(Spec):
@@ -104,12 +132,24 @@ class Line(Spec):
     """The text alone: the recipe's instruction is put before it, as in training and prediction."""
     chosen: str = Field(min_length=1)
     rejected: str = Field(min_length=1)
+    chosen_explanation: str | None = None
+    """Why; `chosen` and `rejected` then are labels, perhaps the same one."""
+    rejected_explanation: str | None = None
     target: str | None = None
     agreement: str | None = None
 
+    @property
+    def reasons(self) -> tuple[str, str] | None:
+        """Both explanations on one line each, or None where there is none."""
+        given = (self.chosen_explanation, self.rejected_explanation)
+        chosen, rejected = (" ".join((one or "").split()) for one in given)
+        return (chosen, rejected) if any(one is not None for one in given) else None
+
 
 class File(PairsSpec):
-    """Your own pairs: JSON lines with `prompt` (the text), `chosen`, `rejected`; perhaps `target`, `agreement`."""
+    """Your own pairs: JSON lines with `prompt` (the text), `chosen`, `rejected`; perhaps `target`, `agreement`, and both of
+    `chosen_explanation` and `rejected_explanation`.
+    """
 
     name: Literal["file"]
     path: AbsolutePath
@@ -120,7 +160,7 @@ class File(PairsSpec):
         found = list(_lines(self.path))
         pairs = [
             Preference(f"{self.path.name}:{number}", "file", " ".join(line.prompt.split()), line.target,
-                       line.chosen.strip(), line.rejected.strip(), line.agreement)
+                       line.chosen.strip(), line.rejected.strip(), line.agreement, line.reasons)
             for number, line in found if self.wants(line.agreement)
         ]  # fmt: skip
         if not pairs:
@@ -139,9 +179,12 @@ def read(sources: Sequence[Folds | Careless | File], parts: Parts, data: Sequenc
     `parts` are those of the recipe's `data`, after the check for leaks.
     """
     pairs = [pair for source in sources for pair in source.read(parts, data)]
-    once = {(pair.text, pair.target, pair.chosen, pair.rejected): pair for pair in reversed(pairs)}
+    once = {(pair.text, pair.target, *pair.answers): pair for pair in reversed(pairs)}
     if not pairs:
-        raise DataError("no training row makes a pair: none is confused so far; raise `margin`, or name more `bands`")
+        raise DataError(
+            "no training row makes a pair: none is confused so far; raise `margin`, name more `bands`, or take out "
+            "`explained` where rows have no explanation"
+        )
     opposite = [pair for key, pair in once.items() if (*key[:2], key[3], key[2]) in once]
     if opposite:
         names = ", ".join(pair.id for pair in opposite[:SHOWN])
@@ -185,8 +228,15 @@ def _lines(path: Path) -> Iterator[tuple[int, Line]]:
 def _unusable(line: Line) -> str | None:
     if not (line.prompt.strip() and line.chosen.strip() and line.rejected.strip()):
         return "prompt, chosen or rejected holds only white space"
-    if line.chosen.split() == line.rejected.split():
-        return f"chosen and rejected are the same, {line.chosen[:40]!r}"
+    chosen, rejected = line.chosen.split(), line.rejected.split()
+    if line.reasons is None:
+        return f"chosen and rejected are the same, {line.chosen[:40]!r}" if chosen == rejected else None
+    if not all(line.reasons):
+        return "has one explanation; give both chosen_explanation and rejected_explanation, or neither"
+    if odd := [answer for answer in (line.chosen.strip(), line.rejected.strip()) if answer not in LABELS]:
+        return f"{odd[0][:40]!r} has an explanation, so it must be one of {', '.join(LABELS)}"
+    if chosen == rejected and line.reasons[0] == line.reasons[1]:
+        return f"both answers and explanations are the same, {line.chosen[:40]!r}"
     return None
 
 

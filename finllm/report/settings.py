@@ -2,9 +2,11 @@
 
 import shlex
 from collections.abc import Mapping
+from typing import Any
 
 from finllm.example import SPLITS
 from finllm.memory import described
+from finllm.methods import Dpo, Explanations, Training
 from finllm.plan import Plan, Rows
 from finllm.recipe import Recipe
 from finllm.report.document import Block, Code, Table, Text
@@ -33,6 +35,7 @@ def _method(plan: Plan, recipe: Recipe) -> dict[str, str]:
     scale = "sqrt(rank)" if lora and lora.rank_stabilized else "rank"
     return {
         "method": train.method,
+        **_learnt(train, recipe.explanations),
         "trained": "all weights"
         if lora is None
         else f"LoRA, rank {lora.rank}, alpha {lora.alpha:g} over {scale}, dropout {lora.dropout:g}, on "
@@ -45,6 +48,30 @@ def _method(plan: Plan, recipe: Recipe) -> dict[str, str]:
         "optimizer": f"{train.optimizer}, weight decay {train.weight_decay:g}, gradient norm at most {train.max_grad_norm:g}",
         "seed": str(train.seed),
     }
+
+
+def _learnt(train: Training, explanations: Explanations | None) -> dict[str, str]:
+    """What a method learns from, and its loss."""
+    if isinstance(train, Dpo):
+        beside = f", {train.sft_weight:g} of cross-entropy beside it" if train.sft_weight else ""
+        doubted = {"all": train.label_smoothing, **train.band_smoothing}
+        doubts = ", ".join(f"{share:g} of {band}" for band, share in doubted.items() if share) or "none"
+        return {
+            "goes on from": str(train.init) if train.init else "the base model",
+            "pairs": "; ".join(_told(source.model_dump(mode="json", exclude_none=True)) for source in train.pairs),
+            "loss": f"{train.loss}, beta {train.beta:g}{beside}; label smoothing: {doubts}",
+        }
+    if explanations is None:
+        return {}
+    return {
+        "explanations": f"learnt, weight {explanations.explanation_weight:g} a token, {explanations.label_weight:g} of labels"
+    }
+
+
+def _told(spec: Mapping[str, Any]) -> str:
+    """The keys and values of a part of a recipe."""
+    shown = ((key, ", ".join(value) if isinstance(value, list) else value) for key, value in spec.items())
+    return ", ".join(f"{key} {value}" for key, value in shown)
 
 
 def _processes(plan: Plan) -> str:

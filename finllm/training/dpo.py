@@ -9,15 +9,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from datasets import Dataset
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
 from finllm import last_layer
+from finllm.errors import RunError
 from finllm.fast import pairs as fast_pairs
 from finllm.fast.engine import Engine, pinned, ready
 from finllm.training import batches, pairs, sharded
@@ -71,6 +76,12 @@ class Dpo(Shared, DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         """All steps, after the reference has been asked."""
         self._rows = self._with_reference()
         return super().train(*arguments, **named)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The policy of a checkpoint; raises RunError where another adapter, or none, was restored."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:  # its parameters are parts of several
+            refuse_another_policy(self.model, Path(resume_from_checkpoint))
 
     def _with_reference(self) -> list[PairRow]:
         """The pairs with their log-probabilities under the model as it is, each process having asked for its share."""
@@ -187,6 +198,27 @@ class Dpo(Shared, DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         )
         made = replace(made, stream=ready(made.stream), table=pinned(made.table))
         return {**batch, "stream": made, "figures": pinned(pairs.figures(given))}
+
+
+def refuse_another_policy(model: Any, checkpoint: Path) -> None:
+    """Raise RunError where the adapter in memory is not that of the checkpoint; says nothing of models without one.
+
+    Transformers 5.19 to 5.21 restore the last adapter of a checkpoint that holds several, and say nothing.
+    """
+    saved = checkpoint / "adapter_model.safetensors"
+    if not saved.is_file():
+        return
+    found = get_peft_model_state_dict(model)
+    differ = [
+        name
+        for name, value in load_file(saved).items()
+        if not torch.equal(found[name].cpu(), value.to(found[name].dtype))
+    ]
+    if differ:
+        raise RunError(
+            f"{checkpoint}: Transformers {transformers.__version__} did not restore the policy ({len(differ)} of "
+            f"{len(found)} weights differ, the first is {differ[0]}); install 5.23 or newer, then `finllm resume`"
+        )
 
 
 def loss_of(arguments: DPOConfig) -> Loss:

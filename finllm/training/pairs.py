@@ -10,14 +10,16 @@ place, the last token of t. Sequences are counted with the preferred answers fir
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from finllm.answer import AnswerTokens
 from finllm.data.preferences import Preference
 from finllm.errors import RunError
-from finllm.methods import Dpo
+from finllm.example import Label
+from finllm.methods import Dpo, Explanations
 from finllm.prompts import Prompter
 from finllm.recipe import Recipe
 from finllm.shared_prefix import BRANCHES, IGNORED, NAME, places, shared_length
@@ -38,6 +40,8 @@ class PairRow:
     """Probability that the pair is the wrong way round."""
     reference: tuple[float, float] = (0.0, 0.0)
     """Log-probabilities of both answers under the reference, in nats."""
+    given: tuple[range, range] = (range(0), range(0))
+    """Places of both answers that are always given, and have no part in the loss: an explanation's opening."""
 
     @property
     def tokens(self) -> int:
@@ -49,6 +53,11 @@ class PairRow:
         """All that follows the prompt in a stream, and a little more: bounds memory and window."""
         return [*self.chosen, *self.rejected]
 
+    @property
+    def learnt(self) -> tuple[int, int]:
+        """Tokens of both answers that have a part in the loss."""
+        return len(self.chosen) - len(self.given[0]), len(self.rejected) - len(self.given[1])
+
 
 NOTHING = PairRow(-1, [0, 0], [0, 0], [0, 0])
 """Fills a pass without pairs: it takes part in the backward pass, with a loss of 0."""
@@ -59,9 +68,10 @@ def encode(pairs: Sequence[Preference], prompter: Prompter, recipe: Recipe) -> l
     spec = recipe.train
     assert isinstance(spec, Dpo), spec
     prompts = prompter.render([pair.text for pair in pairs], [pair.target for pair in pairs])
+    tokens = AnswerTokens(prompter) if any(pair.reasons for pair in pairs) else None
     rows = []
     for index, (pair, prompt) in enumerate(zip(pairs, prompts, strict=True)):
-        chosen, rejected = ([*prompter.answer(words), prompter.end] for words in (pair.chosen, pair.rejected))
+        (chosen, first), (rejected, second) = _answers(pair, prompter, tokens)
         longest = len(prompt.ids) + max(len(chosen), len(rejected))
         if longest > prompter.spec.max_tokens:
             raise RunError(
@@ -69,8 +79,22 @@ def encode(pairs: Sequence[Preference], prompter: Prompter, recipe: Recipe) -> l
                 "raise it, or shorten the answer"
             )
         smoothing = spec.band_smoothing.get(pair.agreement or "", spec.label_smoothing)
-        rows.append(PairRow(index, prompt.ids, chosen, rejected, smoothing))
+        rows.append(PairRow(index, prompt.ids, chosen, rejected, smoothing, given=(first, second)))
     return rows
+
+
+def _answers(pair: Preference, prompter: Prompter, tokens: AnswerTokens | None) -> list[tuple[list[int], range]]:
+    """Tokens of both answers with their ends, and which of them are always given."""
+    both = (pair.chosen, pair.rejected)
+    if pair.reasons is None or tokens is None:
+        return [([*prompter.answer(words), prompter.end], range(0)) for words in both]
+    found = []
+    for label, why in zip(both, pair.reasons, strict=True):
+        begun = prompter.answers[cast("Label", label)]
+        opening = tokens.openings[cast("Label", label)]
+        given = range(len(begun), len(begun) + len(opening))
+        found.append(([*begun, *opening, *tokens.ending(why, Explanations().max_tokens)], given))
+    return found
 
 
 def meta(rows: Sequence[PairRow]) -> dict[str, Any]:
@@ -78,7 +102,7 @@ def meta(rows: Sequence[PairRow]) -> dict[str, Any]:
     return {
         "rows": [row.index for row in rows],
         "tokens": sum(2 * len(r.prompt) + len(r.answer) for r in rows),
-        "learnt": (len(rows), sum(len(row.chosen) for row in rows)),
+        "learnt": (len(rows), sum(row.learnt[0] for row in rows)),
     }
 
 
@@ -89,9 +113,7 @@ def real(rows: Sequence[PairRow | None]) -> list[PairRow]:
 
 def figures(rows: Sequence[PairRow]) -> Tensor:
     """(FIGURES, pairs) in fp32."""
-    columns = [
-        (*row.reference, len(row.chosen), len(row.rejected), row.smoothing, float(row is not NOTHING)) for row in rows
-    ]
+    columns = [(*row.reference, *row.learnt, row.smoothing, float(row is not NOTHING)) for row in rows]
     return torch.tensor(columns, dtype=torch.float32).T.contiguous()
 
 
@@ -99,16 +121,18 @@ def pad(rows: Sequence[PairRow | None]) -> dict[str, Any]:
     """Two right-padded rows for each pair: `input_ids`, `attention_mask`, `labels`, (2 x pairs, longest)."""
     given = real(rows)
     pairs = given or [NOTHING]
-    sequences = [(row.prompt, row.chosen) for row in pairs] + [(row.prompt, row.rejected) for row in pairs]
-    longest = max(len(prompt) + len(answer) for prompt, answer in sequences)
+    sequences = [(row.prompt, row.chosen, row.given[0]) for row in pairs]
+    sequences += [(row.prompt, row.rejected, row.given[1]) for row in pairs]
+    longest = max(len(prompt) + len(answer) for prompt, answer, _ in sequences)
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
     mask = torch.zeros(len(sequences), longest, dtype=torch.long)
     labels = torch.full((len(sequences), longest), IGNORED)
-    for i, (prompt, answer) in enumerate(sequences):
+    for i, (prompt, answer, given_) in enumerate(sequences):
         end = len(prompt) + len(answer)
         ids[i, :end] = torch.tensor(prompt + answer)
         mask[i, :end] = 1
         labels[i, len(prompt) : end] = torch.tensor(answer)
+        labels[i, len(prompt) + given_.start : len(prompt) + given_.stop] = IGNORED
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     return {"inputs": inputs, "figures": figures(pairs), "meta": meta(given)}
 
@@ -144,7 +168,7 @@ class Reading:
     predicting: list[int]
     """Places that predict, each once."""
     table: Tensor
-    """(3, answer tokens): which of those places, the token, the sequence it belongs to; in the order of sequences."""
+    """(3, learnt tokens): which of those places, the token, the sequence it belongs to; in the order of sequences."""
 
 
 def read(pairs: Sequence[PairRow], shared: int) -> Reading:
@@ -156,9 +180,11 @@ def read(pairs: Sequence[PairRow], shared: int) -> Reading:
         trunk = start + len(row.prompt) - shared  # where the first answer begins
         first, others = len(predicting), len(predicting) + len(row.chosen)
         predicting += [trunk - 1, *range(trunk, trunk + len(row.chosen) + len(row.rejected) - 2)]
-        columns += [(first + at, token, number) for at, token in enumerate(row.chosen)]
+        columns += [(first + at, token, number) for at, token in enumerate(row.chosen) if at not in row.given[0]]
         columns += [
-            (first if at == 0 else others + at - 1, token, len(pairs) + number) for at, token in enumerate(row.rejected)
+            (first if at == 0 else others + at - 1, token, len(pairs) + number)
+            for at, token in enumerate(row.rejected)
+            if at not in row.given[1]
         ]
     columns.sort(key=lambda column: column[2])  # stable: tokens stay in order
     return Reading(predicting, torch.tensor(columns).T.contiguous())
