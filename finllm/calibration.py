@@ -86,12 +86,23 @@ def fit(
 
     The ECE of few rows is too high on average, and so is its interval: gaps are counted without their sign.
     """
+    values = {
+        "nll": float(nll(probabilities, gold).mean()),
+        "brier": float(brier(probabilities, gold).mean()),
+        "ece": ece(probabilities, gold),
+    }
+    over = drawn(probabilities, gold, groups, draws, seed)
+    return {name: Estimate(value, *interval_of(over[name])) for name, value in values.items()}
+
+
+def drawn(
+    probabilities: Shares, gold: Indices, groups: Sequence[str | None], draws: int, seed: int
+) -> dict[str, Shares]:
+    """`nll`, `brier` and `ece` in each draw of whole clusters, (draws,): the same rows for the same groups and seed."""
     rows = np.column_stack([nll(probabilities, gold), brier(probabilities, gold), _gaps(probabilities, gold)])
-    drawn = sums(np.column_stack([rows, np.ones(len(gold))]), groups, draws, seed)
-    many = drawn[:, -1]
-    values = {"nll": float(rows[:, 0].mean()), "brier": float(rows[:, 1].mean()), "ece": ece(probabilities, gold)}
-    over = {"nll": drawn[:, 0], "brier": drawn[:, 1], "ece": np.abs(drawn[:, 2:-1]).sum(axis=1)}
-    return {name: Estimate(value, *interval_of(over[name] / many)) for name, value in values.items()}
+    found = sums(np.column_stack([rows, np.ones(len(gold))]), groups, draws, seed)
+    many = found[:, -1]
+    return {"nll": found[:, 0] / many, "brier": found[:, 1] / many, "ece": np.abs(found[:, 2:-1]).sum(axis=1) / many}
 
 
 def temperature(probabilities: Shares, gold: Indices) -> float:

@@ -70,8 +70,15 @@ def _drawn(
     kinds = np.eye(CLASSES**2)
     tables = np.stack([sums(kinds[gold * CLASSES + one], groups, draws, seed) for one in answers], axis=1)
     counts = tables.reshape(draws, len(answers), CLASSES, CLASSES).astype(np.int64)
-    chosen = np.random.default_rng([seed, len(answers)]).integers(len(answers), size=(draws, len(answers)))
-    return {name: np.take_along_axis(figure(counts), chosen, axis=1).mean(axis=1) for name, figure in FIGURES.items()}
+    return {name: redrawn(figure(counts), seed) for name, figure in FIGURES.items()}
+
+
+def redrawn(figures: Shares, seed: int) -> Shares:
+    """Means (draws,) of a figure (draws, seeds) over as many of the seeds, drawn with replacement in each draw."""
+    draws, count = figures.shape
+    chosen = np.random.default_rng([seed, count]).integers(count, size=(draws, count))
+    means: Shares = np.take_along_axis(figures, chosen, axis=1).mean(axis=1)
+    return means
 
 
 def _interval(value: float, drawn: Shares) -> Interval:
