@@ -31,6 +31,25 @@ def limit(gflop: float, own: float = OWN, examples: int = 32) -> float:
     return 1000 * PEAK_TFLOP / (gflop * (own + SHARED / examples))
 
 
+TINY = {**SHAPE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2}  # fmt: skip
+"""Two layers, to see whether a benchmark runs at all."""
+
+
+def make_tiny(folder: Path, tokenizer: Path | None) -> None:
+    """A folder with a model of two layers in fp32, made on the CPU, unless it is there."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
+
+    from finllm import embedded
+
+    if (folder / "config.json").is_file():
+        return
+    torch.manual_seed(0)
+    AutoTokenizer.from_pretrained(tokenizer or embedded.folder()).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(MistralConfig(**TINY)).save_pretrained(folder)
+
+
 def make_weights(folder: Path, tokenizer: Path | None) -> None:
     """A folder with a model of that shape, its random weights in bf16, and the tokenizer, unless it is there."""
     if (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file():
@@ -64,20 +83,29 @@ def conditions(note: str = "") -> dict[str, Any]:
     return {"hardware": gpu, "versions": versions, "date": datetime.now(UTC).date().isoformat(), "note": note}
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
+def results(given: Path | None, name: str, *, tiny: bool) -> Path | None:
+    """Where results go: where the caller says, else beside those that are quoted; of a tiny model nowhere."""
+    return given or (None if tiny else Path(__file__).parent / "results" / name)
+
+
+def write(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    """The rows as a file of JSON; nothing without a path."""
+    if path is None:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def seconds_of(work: Any, repetitions: int) -> list[float]:
-    """Seconds of each repetition, the GPU waited for."""
+    """Seconds of each repetition, the GPU waited for where there is one."""
     import torch
 
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     found = []
     for _ in range(repetitions):
-        torch.cuda.synchronize()
+        wait()
         began = time.monotonic()
         work()
-        torch.cuda.synchronize()
+        wait()
         found.append(time.monotonic() - began)
     return found

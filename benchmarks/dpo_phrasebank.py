@@ -22,19 +22,16 @@ from threading import Lock
 from typing import Any
 
 import dpo_figures
-from conditions import conditions, write
-from h200_dpo import make_tiny
+from conditions import conditions, make_tiny, results, write
 from running import Done, Job, Workers
 from sweep import best_validation
 
-from finllm import embedded
 from finllm.data.sample import Sample
 from finllm.plan import Plan
 from finllm.run import Run
 from finllm.sweeps import Cell, Sweep
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "dpo_phrasebank.json"
 MODEL = """\
 model: {model}
 data: [phrasebank, {{name: sample, kind: mixed, parts: [test]}}]
@@ -71,7 +68,7 @@ AGAINST = [
 class Record:
     """The rows of the results, written whenever one is added."""
 
-    path: Path
+    path: Path | None
     common: dict[str, Any]
     runs: list[dict[str, Any]] = field(default_factory=list)
     rest: list[dict[str, Any]] = field(default_factory=list)
@@ -233,7 +230,7 @@ def _each(workers: Workers, jobs: dict[int, list[Job]], record: Record) -> Itera
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/dpo-experiment"), help="empty, or of a call before")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, help="else results/dpo_phrasebank.json, of --tiny none")
     parser.add_argument("--at-once", type=int, default=1, help="runs that share the GPU")
     parser.add_argument("--minutes", type=float, help="end before so many; what is done is kept, the rest goes on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
@@ -241,12 +238,13 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="does all of this run?")
     asked = parser.parse_args()
+    asked.results = results(asked.results, "dpo_phrasebank.json", tiny=asked.tiny)
     asked.runs = asked.runs.absolute()
     asked.runs.mkdir(parents=True, exist_ok=True)
     model = "smollm2-135m"
     short: tuple[str, ...] = ()
     if asked.tiny:
-        make_tiny(asked.runs / "model", embedded.folder())
+        make_tiny(asked.runs / "model", None)
         model, short = str(asked.runs / "model"), ("train.max_steps=2", "data.0.train_rows=200")
     mixed_pairs(asked.runs)
     note = f"{model}; runs share the machine, so no speeds"

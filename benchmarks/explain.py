@@ -222,6 +222,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--parsed", type=int, default=1000, help="answers that must parse")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--results", type=Path, help="else results/explain_cpu.json or explain_h200.json")
     parser.add_argument("--note", default="")
     asked = parser.parse_args()
     quiet_libraries()
@@ -232,21 +233,27 @@ def main() -> None:
     count, alone = asked.texts or (1024 if on_gpu else 32), asked.alone or (32 if on_gpu else 8)
     batch = asked.batch or (64 if on_gpu else 16)
     texts = texts_of(max(count, asked.parsed))
+    path = asked.results or HERE / "results" / f"explain_{'h200' if on_gpu else 'cpu'}.json"
     result: dict[str, Any] = {"model": asked.model, "device": "cuda" if on_gpu else "cpu"}
-    with tempfile.TemporaryDirectory() as folder:
-        small = tiny(Path(folder), predictor)
-        result["parsed, tiny model"] = parsed(small, texts[: asked.parsed], asked.max_tokens)
-    print(result, flush=True)
+    result["conditions"] = conditions.conditions(asked.note) if on_gpu else on_cpu(asked.note)
     some = asked.parsed if on_gpu else count
-    result["parsed"] = parsed(predictor, texts[:some], asked.max_tokens)
-    print(result["parsed"], flush=True)
     short = texts[:: max(1, len(texts) // alone)][:alone]  # of the same mixture of lengths
     bench = Bench(predictor, texts[:count], asked.max_tokens, batch)
-    result["speed"] = speeds(bench, Bench(predictor, short, asked.max_tokens, 1), asked.repetitions)
-    result["conditions"] = conditions.conditions(asked.note) if on_gpu else on_cpu(asked.note)
-    path = HERE / "results" / f"explain_{'h200' if on_gpu else 'cpu'}.json"
-    conditions.write(path, [result])
-    print(json.dumps(result, indent=1))
+    steps: dict[str, Callable[[], Any]] = {
+        "speed": lambda: speeds(bench, Bench(predictor, short, asked.max_tokens, 1), asked.repetitions),
+        "parsed": lambda: parsed(predictor, texts[:some], asked.max_tokens),
+        "parsed, tiny model": lambda: parsed_by_tiny(predictor, texts[: asked.parsed], asked.max_tokens),
+    }
+    for name, step in steps.items():
+        result[name] = step()
+        print(json.dumps({name: result[name]}), flush=True)
+        conditions.write(path, [result])
+
+
+def parsed_by_tiny(like: SentimentPredictor, texts: Sequence[str], tokens: int) -> dict[str, Any]:
+    """As `parsed`, of a model that writes nonsense."""
+    with tempfile.TemporaryDirectory() as folder:
+        return parsed(tiny(Path(folder), like), texts, tokens)
 
 
 def on_cpu(note: str) -> dict[str, Any]:

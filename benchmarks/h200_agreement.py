@@ -1,7 +1,7 @@
 """Which bf16 is nearer to fp32: our passes' label scores or Transformers', on real prompts.
 
     python benchmarks/h200_agreement.py --weights /dev/shm/mistral --tokenizer FOLDER --model ~/.cache/finllm/smollm2-135m
-    python benchmarks/h200_agreement.py --tiny --tokenizer FOLDER --prompts 8      # also on a CPU, to try it out
+    python benchmarks/h200_agreement.py --tiny --prompts 8 --results /tmp/agreement.json   # also on a CPU, to try it out
 
 Prompts are PhraseBank's validation texts; a score is the log-probability of each of the three labels. All three compute
 from the same bf16 weights and the same random fp32 adapter, on and off: Transformers in fp32 without TF32 (29 GB for 7 G
@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conditions import conditions, make_weights, write
-from h200_memory import make_tiny
+from conditions import conditions, make_tiny, make_weights, results, write
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).parent.parent
@@ -126,8 +125,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, nargs="*", default=[], help="folders of real models, such as SmolLM2")
     parser.add_argument("--tiny", action="store_true", help="random weights of two layers, also without a GPU")
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/h200_agreement.json")
+    parser.add_argument("--results", type=Path, help="else results/h200_agreement.json, of --tiny none")
     asked = parser.parse_args()
+    asked.results = results(asked.results, "h200_agreement.json", tiny=asked.tiny)
     if asked.tiny:
         asked.weights = asked.weights or Path(tempfile.gettempdir()) / "finllm-tiny-mistral"
         make_tiny(asked.weights, asked.tokenizer)

@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from conditions import GFLOP_TRAINED, OWN, PEAK_TFLOP, SHAPE, conditions, limit, make_weights, write
+from conditions import GFLOP_TRAINED, OWN, PEAK_TFLOP, conditions, limit, make_tiny, make_weights, results, write
 
 ROOT = Path(__file__).parent.parent
 SYSTEMS: dict[str, tuple[str, ...] | dict[str, Any]] = {
@@ -40,21 +40,7 @@ data: phrasebank
 train: {{epochs: 3, evals_per_epoch: 1, optimizer: adamw, pairs: {{name: file, path: {pairs}}}}}
 tracking: {{wandb: disabled}}
 """
-TINY = {**SHAPE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2}  # fmt: skip
 OTHER = {"negative": "neutral", "neutral": "positive", "positive": "neutral"}
-
-
-def make_tiny(folder: Path, tokenizer: Path) -> None:
-    """A folder with a model of two layers, unless it is there."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
-
-    if (folder / "config.json").is_file():
-        return
-    torch.manual_seed(0)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-    AutoModelForCausalLM.from_config(MistralConfig(**TINY)).save_pretrained(folder)
 
 
 def recipe_of(weights: Path, folder: Path, *, tiny: bool) -> Path:
@@ -181,12 +167,13 @@ def main() -> None:
         "--tokenizer", type=Path, help="folder of the tokenizer for a model that must be made; else SmolLM2's"
     )
     parser.add_argument("--runs", type=Path, default=Path("/tmp/h200_dpo"))  # noqa: S108
-    parser.add_argument("--results", type=Path, help="else none are kept")
+    parser.add_argument("--results", type=Path, help="else results/h200_dpo.json, of --tiny none")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--timeout", type=int, default=150, help="seconds for one system")
     parser.add_argument("--tiny", action="store_true", help="two layers, twelve steps: does all of this run?")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    asked.results = results(asked.results, "h200_dpo.json", tiny=asked.tiny)
     if asked.child:
         recipe = asked.runs.parent / f"{asked.runs.name}-recipe" / "h200-dpo.yaml"
         print("RESULT " + json.dumps(one(asked.child, recipe, asked.runs, tiny=asked.tiny)), flush=True)
@@ -211,8 +198,7 @@ def main() -> None:
         except subprocess.TimeoutExpired:
             found[name] = {"failed": f"over {asked.timeout} s"}
         print(json.dumps({"name": name, **found[name]}), flush=True)
-        if asked.results:
-            write(asked.results, rows_of(found, common))
+        write(asked.results, rows_of(found, common))
 
 
 if __name__ == "__main__":

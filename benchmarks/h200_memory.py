@@ -1,7 +1,7 @@
 """Peak memory of our own ways to train and score, beside what the plan says before anything is loaded.
 
     python benchmarks/h200_memory.py --weights /dev/shm/mistral --tokenizer FOLDER
-    python benchmarks/h200_memory.py --tiny --tokenizer FOLDER --steps 2     # the same on a CPU, to try it out
+    python benchmarks/h200_memory.py --tiny --steps 2 --results /tmp/memory.json     # the same on a CPU, to try it out
 
 Each setting runs alone in a process of its own, a few steps on PhraseBank's training texts with validation at the end. The
 estimate is the plan's, for the largest micro-batch of the whole run; `estimate_here_gib` is the same with activations in
@@ -21,12 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conditions import SHAPE, conditions, make_weights, write
+from conditions import conditions, make_tiny, make_weights, results, write
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes/sft/mistral-7b-v0.1-phrasebank.yaml"
-TINY = {**SHAPE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2}  # fmt: skip
 ALLOWED = 0.15
 
 
@@ -180,18 +178,6 @@ def one(name: str, weights: Path, steps: int, *, tiny: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_tiny(folder: Path, tokenizer: Path) -> None:
-    """A folder with a model of two layers, unless it is there."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
-
-    if (folder / "config.json").is_file():
-        return
-    torch.manual_seed(0)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-    AutoModelForCausalLM.from_config(MistralConfig(**TINY)).save_pretrained(folder)
-
-
 def child(name: str, asked: argparse.Namespace) -> dict[str, Any]:
     """What a process of its own says of one setting."""
     again = [sys.executable, __file__, "--weights", str(asked.weights), "--steps", str(asked.steps), "--child", name]
@@ -218,9 +204,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each setting")
     parser.add_argument("--settings", nargs="+", choices=WAYS, default=list(WAYS), metavar="NAME")
     parser.add_argument("--timeout", type=int, default=60, help="seconds for one setting")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/h200_memory.json")
+    parser.add_argument("--results", type=Path, help="else results/h200_memory.json, of --tiny none")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    asked.results = results(asked.results, "h200_memory.json", tiny=asked.tiny)
     if asked.weights is None:
         if not asked.tiny:
             parser.error("--weights is needed, but for --tiny")
@@ -228,10 +215,7 @@ def main() -> None:
     if asked.child:
         print("RESULT " + json.dumps(one(asked.child, asked.weights, asked.steps, tiny=asked.tiny)), flush=True)
         return
-    if asked.tiny and asked.tokenizer is not None:
-        make_tiny(asked.weights, asked.tokenizer)
-    elif not asked.tiny:
-        make_weights(asked.weights, asked.tokenizer)
+    (make_tiny if asked.tiny else make_weights)(asked.weights, asked.tokenizer)
     common = conditions(note=f"{asked.steps} steps of 32 examples; random weights; one process at a time")
     rows = []
     for name in asked.settings:

@@ -1,6 +1,7 @@
 """Scoring of prompts by a Mistral-shaped model of random weights on one GPU, and where the time of a step goes.
 
     python benchmarks/h200_scoring.py --weights /dev/shm/mistral --results benchmarks/results/h200_scoring.json
+    python benchmarks/h200_scoring.py --tiny --prompts 64 --results /tmp/scoring.json     # also on a CPU, to try it out
 
 Prompts are the training texts of PhraseBank's fixed split; a score is the log-probability of each of the three labels.
 The peer is Transformers' forward on 64 padded prompts at a time. `score` makes our passes anew each time unless they are
@@ -11,12 +12,27 @@ training step.
 import argparse
 import json
 import statistics
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from conditions import GFLOP_SCORED, PEAK_TFLOP, SHARED, conditions, limit, make_weights, seconds_of, write
+from conditions import (
+    GFLOP_SCORED,
+    PEAK_TFLOP,
+    SHARED,
+    conditions,
+    limit,
+    make_tiny,
+    make_weights,
+    results,
+    seconds_of,
+    write,
+)
 
 ROOT = Path(__file__).parent.parent
+PADDED = 512
+"""Prompts that the peer scores."""
+PEER = "transformers, 64 padded prompts, adapter on"
 LONGER = "finllm, adapter on, labels of three tokens, passes made before"
 RECIPE = ROOT / "recipes/sft/mistral-7b-v0.1-phrasebank.yaml"
 
@@ -27,14 +43,15 @@ def padded(model: Any, prompts: list[list[int]], tokens: list[int], size: int = 
 
     found: dict[int, Any] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    with torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16):
+    device = model.device
+    with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16):
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             longest = max(len(prompts[i]) for i in batch)
-            ids = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i in batch]).cuda()
-            last = torch.tensor([len(prompts[i]) - 1 for i in batch]).cuda()
+            ids = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i in batch], device=device)
+            last = torch.tensor([len(prompts[i]) - 1 for i in batch], device=device)
             hidden = model.get_base_model().model(ids, use_cache=False).last_hidden_state
-            logits = model.get_base_model().lm_head(hidden[torch.arange(len(batch)).cuda(), last]).float()
+            logits = model.get_base_model().lm_head(hidden[torch.arange(len(batch), device=device), last]).float()
             found |= dict(zip(batch, logits.log_softmax(-1)[:, tokens].cpu(), strict=True))
     return torch.stack([found[i] for i in range(len(prompts))]).numpy()
 
@@ -98,64 +115,83 @@ def ours(
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True, help="folder of the model; made if it is not there")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer for a model that must be made")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/h200_scoring.json")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--profile", action="store_true", help="add the kernels of a training step")
-    asked = parser.parse_args()
-    make_weights(asked.weights, asked.tokenizer)
-
+def prepared(weights: Path, count: int | None) -> tuple[Any, list[Any], list[tuple[int, ...]], int]:
+    """The model with an adapter that does something, rows, labels, and the tokens of a batch."""
     import torch
 
-    from finllm import data, models, scoring
+    from finllm import data, models
+    from finllm.example import LABELS
     from finllm.prompts import Prompter
     from finllm.recipe import load
     from finllm.training.batches import encode
 
-    recipe = load(RECIPE, [f"model.name={asked.weights}", "model.quantization=none"])
+    recipe = load(RECIPE, [f"model.name={weights}", "model.quantization=none"])
     assert recipe.lora is not None
     parts, _ = data.training_parts(recipe.data)
-    loaded = models.load(recipe.model, dtype="bf16", device="cuda:0")
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    loaded = models.load(recipe.model, dtype="bf16", device=device)
     model = models.with_adapter(loaded.model, recipe.lora, 0).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.01)  # an adapter that does something
+            torch.nn.init.normal_(parameter, std=0.01)
     prompter = Prompter(loaded.tokenizer, recipe.prompt)
-    rows = encode(parts.train, prompter)
-    prompts = [row.prompt for row in rows]
-    answers = [prompter.answers[label] for label in ("negative", "neutral", "positive")]
-    tokens = [answer[0] for answer in answers]
-    slow = padded(model, prompts[:512], tokens)
-    times = {"transformers, 64 padded prompts, adapter on": seconds_of(lambda: padded(model, prompts[:512], tokens), 1)}
-    common = conditions(note=f"limit: {PEAK_TFLOP} TFLOP/s, {GFLOP_SCORED} GFLOP a token; random weights, bf16")
-    budget = recipe.evaluation.batch_tokens
-    fast = scoring.score(model, prompts, answers, batch_tokens=budget)
+    answers = [prompter.answers[label] for label in LABELS]
+    return model, encode(parts.train[:count], prompter), answers, recipe.evaluation.batch_tokens
+
+
+def measured(
+    model: Any, prompts: list[list[int]], answers: list[tuple[int, ...]], budget: int, repetitions: int
+) -> list[dict[str, Any]]:
+    """A row for each way of scoring."""
+    import torch
+
+    from finllm import scoring
+
+    on_gpu = torch.cuda.is_available()
+    some, tokens = prompts[:PADDED], [answer[0] for answer in answers]
+    slow = padded(model, some, tokens)
+    seconds = {PEER: seconds_of(lambda: padded(model, some, tokens), 1)}
+    fast = scoring.score(model, prompts, answers, batch_tokens=budget)[: len(some)]
     agreement = {
-        "largest_difference_nats": round(float(abs(fast[:512] - slow).max()), 4),
-        "same_argmax": float((fast[:512].argmax(1) == slow.argmax(1)).mean()),
+        "largest_difference_nats": round(float(abs(fast - slow).max()), 4),
+        "same_argmax": float((fast.argmax(1) == slow.argmax(1)).mean()),
     }
-    counts = {"transformers, 64 padded prompts, adapter on": 512}
-    torch.cuda.reset_peak_memory_stats()
-    for name, seconds in ours(model, prompts, answers, budget, asked.repetitions).items():
-        counts[name], times[name] = len(prompts), seconds
-    peer = (
-        counts["transformers, 64 padded prompts, adapter on"] / times["transformers, 64 padded prompts, adapter on"][0]
-    )
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seconds |= ours(model, prompts, answers, budget, repetitions)
+    speed = {n: (len(some) if n == PEER else len(prompts)) / statistics.median(s) for n, s in seconds.items()}
     most = limit(GFLOP_SCORED, sum(map(len, prompts)) / len(prompts) - SHARED, budget // 36)
-    table = []
-    for name, seconds in times.items():
-        speed = counts[name] / statistics.median(seconds)
-        table.append({
-            "name": name, "examples_per_s": round(speed, 1), "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
-            "peer": None if name.startswith("transformers") else "transformers, 64 padded prompts, adapter on",
-            "ratio": None if name.startswith("transformers") else round(speed / peer, 2),
-            "limit_ratio": None if name == LONGER else round(speed / most, 3), **agreement, **common,
-        })  # fmt: skip
-        print(json.dumps(table[-1]), flush=True)
+    common = conditions(note=f"limit: {PEAK_TFLOP} TFLOP/s, {GFLOP_SCORED} GFLOP a token; random weights, bf16")
+    return [
+        {
+            "name": name, "examples_per_s": round(pace, 1),
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if on_gpu else None,
+            "peer": None if name == PEER else PEER, "ratio": None if name == PEER else round(pace / speed[PEER], 2),
+            "limit_ratio": None if name == LONGER else round(pace / most, 3), **agreement, **common,
+        }
+        for name, pace in speed.items()
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, help="folder of the model; made if it is not there")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer for a model that must be made")
+    parser.add_argument("--results", type=Path, help="else results/h200_scoring.json, of --tiny none")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--prompts", type=int, help="score so many; else all training texts")
+    parser.add_argument("--tiny", action="store_true", help="random weights of two layers, also without a GPU")
+    parser.add_argument("--profile", action="store_true", help="add the kernels of a training step")
+    asked = parser.parse_args()
+    asked.results = results(asked.results, "h200_scoring.json", tiny=asked.tiny)
+    if asked.weights is None and not asked.tiny:
+        parser.error("--weights is needed, but for --tiny")
+    asked.weights = asked.weights or Path(tempfile.gettempdir()) / "finllm-tiny-mistral"
+    (make_tiny if asked.tiny else make_weights)(asked.weights, asked.tokenizer)
+    model, rows, answers, budget = prepared(asked.weights, asked.prompts)
+    table = measured(model, [row.prompt for row in rows], answers, budget, asked.repetitions)
     write(asked.results, table)
+    print(*map(json.dumps, table), sep="\n", flush=True)
     if asked.profile:
         print("\n".join(profile(model.train(), rows)), flush=True)
 

@@ -27,11 +27,13 @@ def times(value: float) -> str:
 
 
 FILES = {
-    "h200_sft.json": ("H200, training", share),
-    "h200_scoring.json": ("H200, scoring", share),
+    "h200_sft.json": ("{gpu}, training", share),
+    "h200_dpo.json": ("{gpu}, DPO, pairs", share),
+    "h200_scoring.json": ("{gpu}, scoring", share),
     "cpu.json": ("CPU", times),
 }
 """What was measured, and what a row's `limit_ratio` means there."""
+SPEEDS = ("examples_per_s", "pairs_per_s")
 
 
 def table(results: Path) -> str:
@@ -40,15 +42,22 @@ def table(results: Path) -> str:
     for name, (where, told) in FILES.items():
         if (results / name).is_file():
             rows = json.loads((results / name).read_text(encoding="utf-8"))
-            lines += [line(row, where, told) for row in rows if row.get("examples_per_s")]
+            lines += [line(row, where, told) for row in rows if any(row.get(speed) for speed in SPEEDS)]
     return "\n".join(lines)
 
 
 def line(row: dict[str, Any], where: str, told: Callable[[float], str]) -> str:
     ratio = "" if row["ratio"] is None else number(row["ratio"])
     limit = "" if row["limit_ratio"] is None else told(row["limit_ratio"])
-    cells = [where, row["name"], number(row["examples_per_s"]), number(row["peak_gib"]), row["peer"] or ""]
+    speed = next(row[speed] for speed in SPEEDS if row.get(speed))
+    peak = "" if row["peak_gib"] is None else number(row["peak_gib"])
+    cells = [where.format(gpu=gpu(row)), row["name"], number(speed), peak, row["peer"] or ""]
     return "| " + " | ".join([*cells, ratio, limit]) + " |"
+
+
+def gpu(row: dict[str, Any]) -> str:
+    """`H200` of `NVIDIA H200, 580.159.04, 700.00 W`."""
+    return str(row.get("hardware", "")).partition(",")[0].removeprefix("NVIDIA ").partition(" ")[0]
 
 
 def number(value: float) -> str:

@@ -13,7 +13,7 @@ from finllm.example import Split
 from finllm.metrics import Indices
 from finllm.plan import Plan
 from finllm.predictions import Answers
-from finllm.report.document import Block, Bullets, Heading, Table, Text
+from finllm.report.document import Block, Heading, Lead, Table, Text
 from finllm.report.parts import part as part_blocks
 from finllm.report.verdict import verdicts
 from finllm.report.words import percent, points
@@ -101,12 +101,11 @@ def _without_seed(run: Run) -> str:
 
 
 def _blocks(title: str, scores: Scores, runs: Sequence[Run], settings: Sequence[Settings]) -> list[Block]:
-    said = [f"**{sentence}**" for sentence in verdicts(scores)]
     parts: list[Block] = [block for one in scores.parts for block in part_blocks(one, scores)]
     where = [(run.name, Plan.of(run).source, " ".join(Plan.of(run).overrides), Plan.of(run).commit) for run in runs]
     return [
         Heading(title, 1),
-        Text(said[0]) if len(said) == 1 else Bullets(said),
+        Lead(verdicts(scores)),
         *over_seeds(settings, [(one.dataset, one.part) for one in scores.parts]),
         Heading("Results"),
         Text("Per cent, with 95 % intervals in brackets ([how to read them](#how-to-read-the-figures))."),
@@ -164,7 +163,7 @@ def _differences(settings: Sequence[Settings], dataset: str, part: Split) -> Tab
         decided = "not decided" if not found["accuracy"].decided else ""
         better = decided or ("better" if found["accuracy"].value > 0 else "worse")
         rows.append((other.name, points(found["accuracy"]), better, points(found["macro_f1"])))
-    return Table((f"{first.name} less ...", "accuracy, points", "", "macro-F1, points"), rows)
+    return Table((f"{first.name} minus ...", "accuracy, points", "verdict", "macro-F1, points"), rows)
 
 
 def default_folder(runs: Sequence[Run]) -> Path:

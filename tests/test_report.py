@@ -16,7 +16,7 @@ from finllm.plan import Plan, Rows, decide
 from finllm.predictions import Answers
 from finllm.recipe import Recipe
 from finllm.report import Facts, document
-from finllm.scores import Scores
+from finllm.scores import Check, Scores
 
 OVERRIDES = ("train.epochs=2", "data=[{name: sample, alias: news}]")
 
@@ -132,7 +132,7 @@ def test_the_comparison_table_has_every_system_and_figure(text: str, scored: Sco
 
 def test_differences_classes_confusion_bands_and_speed_stand_in_tables(text: str) -> None:
     """Each with the figures of the systems in their order."""
-    assert [line[2] for line in table_with(text, "tuned less ...")[2:]] == ["better", "not decided"]
+    assert [line[2] for line in table_with(text, "tuned minus ...")[2:]] == ["better", "not decided"]
     assert [line[:2] for line in table_with(text, "class")[2:]] == [[label, "40"] for label in LABELS]
     confusion = next(t for t in tables(text) if t[0][:2] == ["system", "gold"])
     assert confusion[2] == ["tuned", "negative", "35", "5", "0"]
@@ -179,6 +179,43 @@ def test_settings_data_and_training_are_told(text: str) -> None:
     assert "3 training rows left out." in text
     assert "Texts cut to fit the model: tuned 2." in text
     assert "120 texts in 110 independent groups" in text
+
+
+def test_what_a_method_learns_from_is_told() -> None:
+    """DPO's loss, its pairs and where it goes on from; the weights of explanations."""
+    scored = assessment.score([BASE], 100, 7)
+    pairs = [{"name": "folds", "sweep": "/runs/folds", "bands": ["100", "66-75"]}, {"name": "careless"}]
+    dpo = {"method": "dpo", "init": "/runs/sft", "pairs": pairs, "beta": 0.3, "sft_weight": 1,
+           "band_smoothing": {"66-75": 0.3}}  # fmt: skip
+    told = dict(table_with(report.markdown(scored, plan(train=dpo), Facts()), "setting")[2:])
+    assert told["goes on from"] == "/runs/sft"
+    assert told["loss"] == "sigmoid, beta 0.3, 1 of cross-entropy beside it; label smoothing: 0.3 of 66-75"
+    assert "name folds, " in told["pairs"]
+    assert "bands 100, 66-75" in told["pairs"]
+    assert "; " in told["pairs"]
+    fresh = {"method": "dpo", "pairs": "careless"}
+    told = dict(table_with(report.markdown(scored, plan(train=fresh), Facts()), "setting")[2:])
+    assert (told["goes on from"], told["loss"]) == ("the base model", "sigmoid, beta 0.1; label smoothing: none")
+    sft = {"method": "sft", "explanations": {"explanation_weight": 0.2}}
+    told = dict(table_with(report.markdown(scored, plan(train=sft), Facts()), "setting")[2:])
+    assert told["explanations"] == "learnt, weight 0.2 a token, 1 of labels"
+
+
+def test_a_check_that_does_not_hold_is_told_at_the_top() -> None:
+    """Before the results; where all hold, nothing is said there."""
+    sound, broken = Check(name="sound", passed=True, found="x"), Check(name="batches agree", passed=False, found="y")
+    for checks, wanted in (([sound, broken], True), ([sound], False)):
+        made = report.markdown(assessment.score([BASE], 100, 7, checks=checks), plan(), Facts())
+        top = made.partition("## Results")[0]
+        assert ("**Read with care:**" in top) == wanted
+        assert ("these do not hold: batches agree." in top) == wanted
+
+
+def test_the_title_is_followed_by_what_it_is_about(text: str) -> None:
+    """Purpose, model, method, data, date, and then the verdict."""
+    lines = [line for line in text.splitlines() if line]
+    assert re.fullmatch(r"A trial\. smollm2-135m, trained by SFT, on news; planned \d{4}-\d\d-\d\d\.", lines[1])
+    assert lines[2].startswith("**news, test (120 texts):")
 
 
 def test_the_command_repeats_the_run(text: str) -> None:

@@ -26,7 +26,10 @@ def test_the_table_is_made_of_the_rows_and_a_stale_one_is_seen(tmp_path: Path) -
     readme = tmp_path / "README.md"
     readme.write_text("above\n<!-- speed -->\nold\n<!-- /speed -->\nbelow\n")
     (tmp_path / "cpu.json").write_text(json.dumps([ROW, {"name": "other", "failed": "no memory"}]))
-    (tmp_path / "h200_sft.json").write_text(json.dumps([{**ROW, "peer": None, "ratio": None, "limit_ratio": 0.57}]))
+    alone = {**ROW, "peer": None, "ratio": None, "limit_ratio": 0.57, "hardware": "NVIDIA H200, 580.1, 700.00 W"}
+    (tmp_path / "h200_sft.json").write_text(json.dumps([alone]))
+    pairs = {**alone, "examples_per_s": None, "pairs_per_s": 321.0, "hardware": "NVIDIA H100 80GB HBM3, 580.1"}
+    (tmp_path / "h200_dpo.json").write_text(json.dumps([pairs]))
     (tmp_path / "loss_curves.json").write_text("{}")
     place = ("--readme", str(readme), "--results", str(tmp_path))
     assert table("--check", *place).returncode == 1
@@ -36,7 +39,8 @@ def test_the_table_is_made_of_the_rows_and_a_stale_one_is_seen(tmp_path: Path) -
     assert [lines[0], lines[-1]] == ["above", "below"]
     assert "| CPU | train | 1,234 | 1.25 | TRL | 4.00 |  |" in lines
     assert "| H200, training | train | 1,234 | 1.25 |  |  | 57% reached |" in lines
-    assert len(lines) == 2 + 2 + 2 + 2  # texts, marks, head and rule, rows: no line for what failed
+    assert "| H100, DPO, pairs | train | 321 | 1.25 |  |  | 57% reached |" in lines
+    assert len(lines) == 2 + 2 + 2 + 3  # texts, marks, head and rule, rows: no line for what failed
 
 
 def test_a_readme_without_marks_is_refused(tmp_path: Path) -> None:

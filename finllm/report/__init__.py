@@ -9,7 +9,7 @@ from finllm.plan import Plan, Rows
 from finllm.published import tables as published
 from finllm.report import charts, document
 from finllm.report.charts import Chart
-from finllm.report.document import Block, Bullets, Details, Heading, Picture, Table, Text
+from finllm.report.document import Block, Details, Heading, Lead, Picture, Table, Text
 from finllm.report.parts import part, without_width
 from finllm.report.settings import data, repeat, settings
 from finllm.report.verdict import names_of, verdict, verdicts
@@ -70,13 +70,13 @@ class Facts(Spec):
 
 def blocks(scores: Scores, plan: Plan, facts: Facts) -> list[Block]:
     """What the report of a run says, in order."""
-    said = [f"**{sentence}**" for sentence in verdicts(scores)]
     curves = charts.training(facts.curves)
     systems: list[Block] = [block for one in scores.parts for block in part(one, scores)]
     return [
         Heading(plan.name, 1),
-        *(Text(purpose) for purpose in [plan.recipe.purpose] if purpose),
-        Text(said[0]) if len(said) == 1 else Bullets(said),
+        Text(" ".join(f"{one.rstrip('.')}." for one in (plan.recipe.purpose, _what(plan)) if one)),
+        Lead(verdicts(scores)),
+        *_doubts(scores),
         Heading("Results"),
         Text("Per cent, with 95 % intervals in brackets ([how to read them](#how-to-read-the-figures))."),
         *systems,
@@ -96,6 +96,23 @@ def blocks(scores: Scores, plan: Plan, facts: Facts) -> list[Block]:
         *repeat(plan),
         *how_to_read(scores),
     ]
+
+
+def _what(plan: Plan) -> str:
+    """Model, method, data and date, in a line."""
+    recipe = plan.recipe
+    how = "as it is" if recipe.train is None else f"trained by {recipe.train.method.upper()}"
+    return (
+        f"{recipe.model.name}, {how}, on {', '.join(spec.title for spec in recipe.data)}; planned {plan.created[:10]}"
+    )
+
+
+def _doubts(scores: Scores) -> list[Block]:
+    """The checks that do not hold, where a reader begins."""
+    failed = [check.name for check in scores.checks if not check.passed]
+    if not failed:
+        return []
+    return [Text(f"**Read with care:** of the [checks](#checks), these do not hold: {'; '.join(failed)}.")]
 
 
 def markdown(scores: Scores, plan: Plan, facts: Facts) -> str:

@@ -13,7 +13,7 @@ LONGEST_FIGURE = 30
 
 @dataclass(frozen=True, slots=True)
 class Heading:
-    """A heading; level 1 is the title."""
+    """A heading; level 1 is the title, level 4 stands over a table or figure and cannot be linked to."""
 
     text: str
     level: int = 2
@@ -29,6 +29,13 @@ class Text:
 @dataclass(frozen=True, slots=True)
 class Bullets:
     """A list of paragraphs."""
+
+    items: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """What a reader must take away, if nothing else: a paragraph, or a list of them."""
 
     items: Sequence[str]
 
@@ -83,7 +90,7 @@ class Details:
     blocks: Sequence["Block"]
 
 
-Block = Heading | Text | Bullets | Table | Code | Picture | Gallery | Details
+Block = Heading | Text | Bullets | Lead | Table | Code | Picture | Gallery | Details
 
 
 def pictures(blocks: Iterable[Block]) -> list[Picture]:
@@ -110,6 +117,8 @@ def _markdown(block: Block) -> str:
             return f"{'#' * level} {text}"
         case Text(text):
             return text
+        case Lead(items):
+            return "\n".join(f"{'- ' if len(items) > 1 else ''}**{item}**" for item in items)
         case Bullets(items):
             return "\n".join(f"- {item}" for item in items)
         case Code(text):
@@ -144,9 +153,12 @@ def page(title: str, blocks: Sequence[Block]) -> str:
 def _html(block: Block) -> str:
     match block:
         case Heading(text, level):
-            return f'<h{level} id="{_anchor(text)}">{html.escape(text)}</h{level}>'
+            name = f' id="{_anchor(text)}"' if level < 4 else ""
+            return f"<h{level}{name}>{html.escape(text)}</h{level}>"
         case Text(text):
             return f"<p>{_inline(text)}</p>"
+        case Lead(items):
+            return '<div class="lead">' + "".join(f"<p>{_inline(item)}</p>" for item in items) + "</div>"
         case Bullets(items):
             return "<ul>" + "".join(f"<li>{_inline(item)}</li>" for item in items) + "</ul>"
         case Code(text):

@@ -20,18 +20,20 @@ def part(one: PartScores, scores: Scores) -> Iterable[Block]:
     yield _systems(one, scores)
     yield from _notes(scores)
     if one.paired:
+        yield Heading("Differences on the same texts", 4)
         yield from _pairs(one)
     yield Gallery([Picture(c.name, c.svg, c.caption) for c in charts.of_part(one)])
-    yield Text("Probabilities (NLL in nats, Brier score 0 to 2, ECE over 15 bins in per cent; less is better):")
+    yield Heading("Can the probabilities be believed?", 4)
+    yield Text("NLL in nats, Brier score 0 to 2, ECE over 15 bins in per cent; less is better.")
     yield _probabilities(one)
-    yield Text("What leaving out doubtful answers gains:")
+    yield Heading("What leaving out doubtful answers gains", 4)
     yield _selective(one)
     cut = {key: m.truncated for key, m in one.systems.items() if m.truncated}
     if cut:
         yield Text("Texts cut to fit the model: " + ", ".join(f"{name} {count}" for name, count in cut.items()) + ".")
     if one.slices:
         yield from _slices(one.slices)
-    yield Text("Per class, F1 (precision / recall):")
+    yield Heading("Per class, F1 (precision / recall)", 4)
     yield Table(("class", "texts", *one.systems), list(_classes(one)))
     yield Details("Confusion, texts by gold label and answer", [_confusion(one)])
     yield from _cases(one)
@@ -62,12 +64,13 @@ def _dagger(mark: str) -> str:
 def _pairs(one: PartScores) -> Iterable[Block]:
     first = next(iter(one.systems))
     own = [pair for pair in one.paired if pair.first == first]
-    head = ("accuracy, points", "", "p, corrected", "only it is right / only the other", "macro-F1, points")
-    yield Table((f"{first} less ...", *head), [(pair.second, *_difference(pair)) for pair in own])
+    head = ("accuracy, points", "verdict", "p, corrected", f"right: only {first} / only the other", "macro-F1, points")
+    yield Table((f"{first} minus ...", *head), [(pair.second, *_difference(pair)) for pair in own])
     rest = [pair for pair in one.paired if pair.first != first]
     if rest:
-        rows = [(f"{pair.first} less {pair.second}", *_difference(pair)) for pair in rest]
-        yield Details("Every other two systems", [Table(("first less second", *head), rows)])
+        rows = [(f"{pair.first} minus {pair.second}", *_difference(pair)) for pair in rest]
+        names = ("first minus second", *head[:3], "right: only the first / only the second", head[4])
+        yield Details("All other pairs of systems", [Table(names, rows)])
 
 
 def _difference(pair: Paired) -> tuple[str, ...]:
@@ -109,7 +112,7 @@ def _slices(slices: Sequence[Slice]) -> Iterable[Block]:
         "ECE": lambda m: interval(m.ece),
     }
     for title, figure in figures.items():
-        yield Text(f"{title} by kind of text:")
+        yield Heading(f"{title} by kind of text", 4)
         yield _by_slice(slices, figure)
     folded: list[Block] = []
     for title, figure in more.items():
