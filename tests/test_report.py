@@ -222,6 +222,9 @@ def test_the_command_repeats_the_run(text: str) -> None:
     """A shell reads it back as the same arguments, also with blanks and brackets in them."""
     (command,) = re.findall(r"```\n(.*)\n```", text)
     assert shlex.split(command) == ["finllm", "launch", "recipes/my trial.yaml", *OVERRIDES]
+    shipped = Path(report.__file__).parents[2] / "recipes" / "sft" / "llama-3-8b-all.yaml"
+    there = plan().model_copy(update={"source": str(shipped)})
+    assert "\nfinllm launch sft/llama-3-8b-all " in report.markdown(assessment.score([BASE], 100, 7), there, Facts())
 
 
 def test_commit_versions_and_places_are_told(text: str) -> None:

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from finllm.example import SPLITS
@@ -10,6 +11,8 @@ from finllm.methods import Dpo, Explanations, Training
 from finllm.plan import Plan, Rows
 from finllm.recipe import Recipe
 from finllm.report.document import Block, Code, Table, Text
+
+SHIPPED = Path(__file__).parents[2] / "recipes"
 
 
 def settings(plan: Plan) -> dict[str, str]:
@@ -93,10 +96,16 @@ def repeat(plan: Plan) -> list[Block]:
     """The command, commit and versions."""
     versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
     return [
-        Code(shlex.join(["finllm", "launch", plan.source, *plan.overrides])),
+        Code(shlex.join(["finllm", "launch", _named(plan.source), *plan.overrides])),
         Text(f"Commit {plan.commit or 'unknown'}; planned {plan.created}; {versions}."),
         Text(
             "Every answer with its probabilities stands in [predictions/](predictions/), every figure in "
             "[scores.json](scores.json), the resolved recipe in [recipe.yaml](recipe.yaml)."
         ),
     ]
+
+
+def _named(source: str) -> str:
+    """A recipe's path, or of a shipped one its name, which works on any machine."""
+    path = Path(source)
+    return path.relative_to(SHIPPED).with_suffix("").as_posix() if path.is_relative_to(SHIPPED) else source
