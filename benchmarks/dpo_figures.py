@@ -82,7 +82,7 @@ def rows(systems: Mapping[str, BySeed], pairs: Sequence[tuple[str, str]]) -> Ite
             name: {seed: [p for p in run if wanted(p)] for seed, run in runs.items()} for name, runs in found.items()
         }
         for name, runs in cut.items():
-            if not runs:
+            if not any(runs.values()):
                 continue
             each = [figures(run) for run in runs.values()]
             spread = {key: statistics.stdev(f[key] for f in each) if len(each) > 1 else 0.0 for key in each[0]}
@@ -91,7 +91,7 @@ def rows(systems: Mapping[str, BySeed], pairs: Sequence[tuple[str, str]]) -> Ite
             yield {"kind": "test", "slice": title, "system": name, "n": count, "seeds": [*runs], "mean": mean,
                    "deviation": spread}  # fmt: skip
         for one, other in pairs:
-            both = [seed for seed in cut.get(one, {}) if seed in cut.get(other, {})]
+            both = [seed for seed, found_ in cut.get(one, {}).items() if found_ and seed in cut.get(other, {})]
             if both:
                 apart = differences([cut[one][seed] for seed in both], [cut[other][seed] for seed in both])
                 yield {"kind": "difference", "slice": title, "system": one, "less": other, **apart}

