@@ -284,7 +284,7 @@ def test_what_is_always_given_has_no_part_in_the_loss() -> None:
 
 def test_explained_answers_are_those_that_sft_learns(tiny_model: Path) -> None:
     """The same tokens, and the same of them given; the reason of a label and the other label with the same reason."""
-    from finllm.example import Example
+    from finllm.example import Example, Label
     from finllm.prompts import Prompter
     from finllm.recipe import Recipe
     from finllm.training.batches import encode
@@ -296,7 +296,10 @@ def test_explained_answers_are_those_that_sft_learns(tiny_model: Path) -> None:
     sft = Recipe.model_validate({"model": "x", "data": "sample", "train": train_})
     dpo = Recipe.model_validate({"model": "x", "data": "sample", "train": {"method": "dpo", "pairs": "careless"}})
     (row,) = pairs.encode([pair], prompter, dpo)
-    for label, answer, given in (("positive", row.chosen, row.given[0]), ("negative", row.rejected, row.given[1])):
+    both: list[tuple[Label, list[int], range]] = [
+        ("positive", row.chosen, row.given[0]), ("negative", row.rejected, row.given[1])
+    ]  # fmt: skip
+    for label, answer, given in both:
         example = Example("x:1", "x", "Profit rose.", label, "train", explanation=why)
         (learnt,) = encode([example], prompter, sft)
         assert (row.prompt, answer) == (learnt.prompt, learnt.answer)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from finllm import calibration, metrics, predictions
 from finllm.assessment import gold_of, predicted_of, probabilities_of
 from finllm.example import LABELS, Example
-from finllm.predictions import Answers
+from finllm.predictions import Answers, Prediction
 from finllm.run import Run
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -61,7 +62,7 @@ def test_differences_are_paired_over_rows_and_seeds(figures: Any, tmp_path: Path
     each = {
         name: [figures.answers(systems[name][seed]) for seed in ("42", "43")] for name in ("DPO", "SFT")
     }  # fmt: skip
-    measures = {
+    measures: dict[str, Callable[[list[Prediction]], Any]] = {
         "accuracy": lambda rows: metrics.accuracy(gold_of(rows), predicted_of(rows)),
         "macro_f1": lambda rows: metrics.macro_f1(gold_of(rows), predicted_of(rows)),
         "nll": lambda rows: calibration.nll(probabilities_of(rows), gold_of(rows)).mean(),

@@ -181,10 +181,9 @@ def test_explained_pairs_prefer_a_label_to_one_that_its_reason_contradicts() -> 
     assert {pair.id: pair.reasons for pair in found} == {
         row.id: (row.explanation, row.explanation) for row in rows.values()
     }
-    assert found[0].answers == (
-        f"{found[0].chosen}: {found[0].reasons[0]}",
-        f"{found[0].rejected}: {found[0].reasons[1]}",
-    )  # type: ignore[index]
+    pair = found[0]
+    assert pair.reasons is not None
+    assert pair.answers == (f"{pair.chosen}: {pair.reasons[0]}", f"{pair.rejected}: {pair.reasons[1]}")
     plain = Parts(train=tuple(replace(row, explanation=None) for row in PARTS.train), validation=(), test=())
     with pytest.raises(DataError, match="take out `explained`"):
         preferences.read([Careless(name="careless", explained=True)], plain, [SPEC])
