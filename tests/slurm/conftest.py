@@ -17,6 +17,8 @@ SCRIPTS = HERE.parents[1] / "slurm" / "devcluster"
 # A place and ports beside those of the cluster that somebody works with, which is left alone.
 PLACE = Path(os.environ.get("FINLLM_DEVCLUSTER", "/tmp/finllm-devcluster") + "-tests")
 PORT = int(os.environ.get("FINLLM_DEVCLUSTER_PORT", "16800")) + 200
+PATIENCE = 120.0
+"""Seconds for what takes a few on an idle machine; other tests have the cores too."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Cluster:
         """The lines KEY=VALUE of a text."""
         return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
 
-    def wait(self, job: int, state: str, seconds: float = 30, restarts: int = 0) -> dict[str, str]:
+    def wait(self, job: int, state: str, restarts: int = 0, seconds: float = PATIENCE) -> dict[str, str]:
         """What scontrol knows of the job once it is in the state, after so many restarts at least."""
 
         def there() -> bool:
@@ -79,6 +81,13 @@ class Cluster:
         if not wait_until(there, seconds):
             pytest.fail(f"job {job} is not {state} with {restarts} restart(s) after {seconds:.0f} s: {self.show(job)}")
         return self.show(job)
+
+    def save(self, job: int) -> None:
+        """Returns once slurmctld has the job as it is now on its disk: it saves every 5 s, and a killed one forgets the rest."""
+        mark = f"saved-{job}-{time.monotonic_ns()}"
+        self.ask("scontrol", "update", f"JobId={job}", f"Comment={mark}")
+        file = self.conf.parent / "state" / "job_state"
+        assert wait_until(lambda: file.is_file() and mark.encode() in file.read_bytes()), f"{file} lacks job {job}"
 
     def processes(self) -> dict[int, str]:
         """Process id and command line of what this cluster's jobs have started and that lives."""
@@ -96,14 +105,14 @@ class Cluster:
     def clear(self) -> dict[int, str]:
         """Ends all jobs, and returns the processes that outlive them, which it then kills."""
         self.ask("scancel", "--quiet", "--user=root")
-        # A step that ignores SIGTERM has 10 s (KillWait), and a job waits for whatever holds its step's output open.
-        if wait_until(lambda: not self.ask("squeue", "-h"), 20):
-            wait_until(lambda: not self.processes(), 3)
+        # A step that ignores SIGTERM has 30 s (KillWait), and a job waits for whatever holds its step's output open.
+        if wait_until(lambda: not self.ask("squeue", "-h"), 60):
+            wait_until(lambda: not self.processes(), 10)
         left = self.processes()
         for process in left:
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.kill(process, signal.SIGKILL)
-        assert wait_until(lambda: not self.ask("squeue", "-h"), 20), self.ask("squeue")
+        assert wait_until(lambda: not self.ask("squeue", "-h")), self.ask("squeue")
         return left
 
 
@@ -115,7 +124,7 @@ def command_of(process: int) -> str:
         return ""
 
 
-def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
     """Whether the condition came true in time."""
     end = time.monotonic() + seconds
     while not condition():
