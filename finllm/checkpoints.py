@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -65,10 +66,15 @@ def set_faulty_aside(run: Run) -> list[str]:
     return [*said, "starting from the beginning"] if said else said
 
 
-def disk_is_full(run: Run) -> bool:
-    """Whether nothing more can be written where the checkpoints are."""
-    folder = run.checkpoints if run.checkpoints.is_dir() else run.folder
-    return shutil.disk_usage(folder).free < FULL_BYTES
+def full_disk(run: Run, error: BaseException) -> str:
+    """What to say of an error that means that the run's disk is full, which libraries tell in many ways; empty for others."""
+    told = re.search("no space left|quota exceeded", str(error), re.IGNORECASE)
+    if not isinstance(error, Exception) or not run.folder.is_dir():
+        return ""
+    if not told and shutil.disk_usage(run.folder).free >= FULL_BYTES:
+        return ""
+    said = f"{type(error).__name__}: {error}"
+    return f"{run.folder}: the disk is full ({said}); free some, then `finllm resume` goes on from what is whole"
 
 
 def _digest(path: Path) -> str:

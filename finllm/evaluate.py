@@ -12,7 +12,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from finllm import boards, data, distributed, library, models, predictions, report, systems, tracking
+from finllm import boards, checkpoints, data, distributed, library, models, predictions, report, systems, tracking
 from finllm.assessment import score
 from finllm.data import Parts
 from finllm.errors import DataError, FinllmError, RecipeError, RunError
@@ -49,6 +49,10 @@ def main(arguments: list[str]) -> int:
         print(error, file=sys.stderr, flush=True)
         return 2 if isinstance(error, RecipeError | DataError) else 1
     except BaseException as error:  # the process boundary: the run folder must say why
+        if full := checkpoints.full_disk(run, error):
+            _failed(run, full)
+            print(full, file=sys.stderr, flush=True)
+            return 1
         _failed(run, traceback.format_exc(), cause_of(error))
         raise
     return 0
@@ -164,7 +168,8 @@ def _figures(scores: Scores) -> dict[str, float]:
 
 def _failed(run: Run, why: str, cause: Literal["", "out of memory"] = "") -> None:
     if run.folder.is_dir():
-        replace(Progress.of(run) or Progress("evaluating"), error=why, outcome="failed", cause=cause).save(run)
+        with contextlib.suppress(OSError):  # a full disk: what is printed must do
+            replace(Progress.of(run) or Progress("evaluating"), error=why, outcome="failed", cause=cause).save(run)
 
 
 def _done(run: Run) -> None:

@@ -1,5 +1,6 @@
 """The run folder: the only thing that the parts of one execution share."""
 
+import errno
 import json
 import os
 import re
@@ -179,8 +180,27 @@ def find(name: str, runs: Path) -> Run:
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the whole new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not _written_over(path, text.encode()):
+            raise
+
+
+def _written_over(path: Path, text: bytes) -> bool:
+    """Put a text in the place of the one before, which needs no room on a full disk; False where it is too long.
+
+    Readers see one of the two, since it is one call. Spaces fill what is left of a longer text.
+    """
+    try:
+        with path.open("r+b", buffering=0) as file:
+            before = os.fstat(file.fileno())
+            fits = len(text) <= before.st_blocks * 512
+            return fits and file.write(text.ljust(before.st_size)) >= len(text)
+    except OSError:
+        return False
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -40,10 +40,9 @@ def main(arguments: list[str]) -> int:
     except FinllmError as error:
         return _failed(run, str(error), "", 1, is_main=is_main)
     except BaseException as error:  # the process boundary: the run folder must say why
+        if run is not None and (full := checkpoints.full_disk(run, error)):
+            return _failed(run, full, "", 1, is_main=is_main)
         said = f"{type(error).__name__}: {error}"
-        if run is not None and isinstance(error, Exception) and checkpoints.disk_is_full(run):
-            said = f"{run.checkpoints}: the disk is full ({said}); free some, then `finllm resume` goes on from the checkpoint before"
-            return _failed(run, said, "", 1, is_main=is_main)
         _failed(run, said, traceback.format_exc(), 1, is_main=is_main, cause=cause_of(error))
         raise
     if is_main:

@@ -219,7 +219,10 @@ class _Supervisor:
 
     def _say(self, text: str) -> None:
         """A line of our own in the log, and so also before the user."""
-        with self._run.log.open("a", encoding="utf-8") as log:
+        with (
+            contextlib.suppress(OSError),
+            self._run.log.open("a", encoding="utf-8") as log,
+        ):  # a full disk: state.json says it
             log.write(f"[finllm] {text}\n")
 
     def _show(self) -> None:

@@ -3,18 +3,23 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from finllm import checkpoints
 from finllm import train as command
 from finllm.journal import history
-from finllm.run import COMPLETE, Run
+from finllm.run import COMPLETE, Run, State
 
 Train = Callable[..., Run]
+LIGHT = ("evaluation.base=false", "evaluation.baselines=[]", "evaluation.bootstrap_draws=100")
 
 
 @pytest.fixture
@@ -98,3 +103,42 @@ def test_a_trainer_with_a_damaged_checkpoint_takes_the_steps_again(
             by_step.setdefault(row.step, []).append(row.numbers["train/loss"])
     for first, *others in by_step.values():
         np.testing.assert_allclose(others, [first] * len(others), rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk on which one checkpoint of the tiny model has room beside the run's other files, and no second."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=340k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_and_the_run_goes_on_from_the_checkpoint_before(
+    train: Train, recipe: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    """Though nothing new can be written; once there is room, the steps are those of a run that had it."""
+    command_line = [sys.executable, "-m", "launch.cli"]
+    launched = [*command_line, "launch", str(recipe), "--name", "full", "--runs", str(small_disk)]
+    answer = subprocess.run([*launched, *LIGHT], capture_output=True, text=True, check=False)
+    assert answer.returncode == 1
+    run, said = Run(small_disk / "full"), f"{small_disk}/full: the disk is full"
+    state = State.of(run)
+    assert state is not None
+    assert state.status == "failed"
+    assert state.error.startswith(said)
+    assert said in answer.stderr
+    assert not list(run.folder.glob(".*")), "no half-written file is left"
+    assert [path.name for path in run.complete_checkpoints()] == ["checkpoint-7"]
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    answer = subprocess.run([*command_line, "resume", str(run.folder)], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert "going on from checkpoint-7" in answer.stdout
+    same = train(recipe, tmp_path / "undisturbed")
+    mine, theirs = (load_file(one.adapter / "adapter_model.safetensors") for one in (run, same))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=0, atol=1e-6)
