@@ -96,7 +96,7 @@ class Cluster(Spec):
     parallel: int = Field(default=8, ge=1)
     """Cells of a sweep that run at once."""
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
-    """Further options of sbatch, without `--`: `{reservation: spring, mail-type: END}`."""
+    """Further options of sbatch, without `--`: `{reservation: spring, mail-type: END}`; `false` leaves one out."""
 
     @model_validator(mode="after")
     def _agrees(self) -> "Cluster":
@@ -130,7 +130,9 @@ class Cluster(Spec):
             "gpus-per-task": "gpus_per_node", "cpus-per-task": "cpus", "cpus-per-gpu": "cpus", "mem": "memory",
             "mem-per-cpu": "memory", "mem-per-gpu": "memory", "time": "time", "exclusive": "exclusive",
         }  # fmt: skip
-        return {**OURS, **own}.get(option)
+        taken = {**OURS, **own}
+        # sbatch also takes the beginning of a name, where it is not that of several: `part` for `partition`.
+        return taken.get(option) or next((use for name, use in taken.items() if name.startswith(option)), None)
 
     @property
     def wait(self) -> float:
@@ -156,9 +158,10 @@ class Cluster(Spec):
             "mem": self.memory, "time": self.time, "exclusive": self.exclusive or None, "dependency": dependency,
             "signal_delay_s": self.signal_seconds, "array_parallelism": self.parallel, **self._gpus(),
         }  # fmt: skip
+        further = {option: value for option, value in self.sbatch.items() if value is not False}
         # Without --requeue a job whose node breaks is lost where the cluster's default is so. submitit's own work-load
         # key is refused by clusters that check it. A dependency that cannot be met any more must not wait for ever.
-        more: dict[str, Any] = {"requeue": True, "wckey": "", **self.sbatch}
+        more: dict[str, Any] = {"requeue": True, "wckey": "", **further}
         if dependency is not None:
             more["kill-on-invalid-dep"] = "yes"
         return {

@@ -32,6 +32,8 @@ def status(*, names: list[str], runs: Path, as_json: bool) -> int:
     if not standings:
         print(f"no runs in {runs.absolute()} yet; `finllm launch demo` makes one")
         return DONE
+    if names and len(chosen) == 1 and (why := _why(chosen[0])):
+        print(why, end="\n\n")
     tables.show(tables.runs(standings))
     print(*tables.remarks(standings), sep="\n")
     return DONE
@@ -46,19 +48,35 @@ def _all(runs: Path) -> list[Run]:
 def logs(*, run: str, runs: Path, follow: bool) -> int:
     """The logs of a run's nodes, the reason of a failure first."""
     found = finding.run_of(run, runs)
-    state, progress = State.of(found), Progress.of(found)
-    if state is not None and state.status == "failed" and progress is not None and progress.error:
-        print(progress.error.rstrip(), "\n--- the whole log:\n", sep="\n")
-    elif state is not None and (
-        lost := [seen for seen in BACKENDS[state.backend].seen([(found, state)]) if seen.error]
-    ):
-        print(*(seen.error for seen in lost), "\n--- the whole log:\n", sep="\n")
+    if why := _why(found):
+        print(why, "\n--- the whole log:\n", sep="\n")
     tails: dict[Path, Tail] = {}
+    told = ""
     while follow and (state := State.of(found)) is not None and BACKENDS[state.backend].alive(found, state):
         _print_new(found, tails)
+        told = _tell_what_it_waits_for(found, state, told)
         time.sleep(0.2)
     _print_new(found, tails, to_end=True)
     return DONE
+
+
+def _why(run: Run) -> str:
+    """Why a run failed or was lost, with its traceback; empty for all others."""
+    state, progress = State.of(run), Progress.of(run)
+    if state is None:
+        return ""
+    if state.status == "failed" and progress is not None and progress.error:
+        return progress.error.rstrip()
+    return "\n".join(seen.error for seen in BACKENDS[state.backend].seen([(run, state)]))
+
+
+def _tell_what_it_waits_for(run: Run, state: State, told: str) -> str:
+    """Say it beside the log, once; returns what has been said last."""
+    seen = BACKENDS[state.backend].seen([(run, state)])[0]
+    now = f"{seen.status} {f'({seen.waits_for})' if seen.waits_for else ''}".rstrip()
+    if now != told and seen.status in ("waiting", "starting"):
+        print(f"[finllm] {now}", file=sys.stderr, flush=True)
+    return now
 
 
 def _print_new(run: Run, tails: dict[Path, Tail], *, to_end: bool = False) -> None:

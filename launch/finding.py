@@ -9,10 +9,15 @@ from finllm.sweeps import FILE, Sweep
 
 def runs_of(name: str, runs: Path) -> list[Run]:
     """The run of that name, or the cells of the sweep of that name; raises RunError where there is neither."""
-    for folder in (runs / name, Path(name)):
-        if (folder / FILE).is_file():
-            return [run for run in Sweep.of(folder).runs if run.plan.is_file()]
-    return [find(name, runs)]
+    folder = sweep_folder(name, runs)
+    if folder is None:
+        return [find(name, runs)]
+    return [run for run in Sweep.of(folder).runs if run.plan.is_file()]
+
+
+def sweep_folder(name: str, runs: Path) -> Path | None:
+    """The folder of the sweep of that name; None where it is no sweep."""
+    return next((folder for folder in (runs / name, Path(name)) if (folder / FILE).is_file()), None)
 
 
 def run_of(name: str, runs: Path) -> Run:

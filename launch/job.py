@@ -21,7 +21,8 @@ from finllm.errors import RunError
 from finllm.plan import Plan
 from finllm.run import Progress, Run, State, read_json, write_json
 from finllm.sweeps import Sweep, write_report
-from launch import cluster, scheduler, tether
+from launch import scheduler, tether
+from launch.cluster import Cluster
 from launch.place import Here, Stage, environment_of
 from launch.show import Silent
 from launch.supervisor import SupersededError, supervise
@@ -42,6 +43,8 @@ class Job:
 
     folder: str
     stages: tuple[Stage, ...]
+    cluster: Cluster
+    """The profile that it was submitted with."""
     evaluated_elsewhere: bool = False
     """Another job waits to evaluate what this one trains."""
     sweep: str = ""
@@ -49,7 +52,7 @@ class Job:
 
     def __call__(self) -> str:
         """Do this node's part; raises RunError where the run did not come to its end and is not queued again."""
-        node = Node(Run(Path(self.folder)))
+        node = Node(Run(Path(self.folder)), self.cluster)
         for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT):
             signal.signal(number, node.note)  # submitit has set its own
         return node.follow() if node.index else self._lead(node)
@@ -80,11 +83,11 @@ class Node(Here):
     backend = "slurm"
     grace = ""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, cluster: Cluster) -> None:
         super().__init__(run)
         plan = Plan.of(run)
         self._plan = plan
-        self._cluster = cluster.of(run)
+        self._cluster = cluster
         self.index = int(os.environ["SLURM_NODEID"])
         self.processes = plan.processes // plan.nodes
         self.name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()

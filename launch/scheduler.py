@@ -46,7 +46,7 @@ class Job:
 
 def look(ids: Sequence[str]) -> dict[str, Job]:
     """The jobs of these ids; one that nobody knows (any more) has no state. Raises RunError where SLURM is not there."""
-    found = _squeue(ids)
+    found = _squeue(ids) if ids else {}
     for missing in [number for number in ids if number not in found]:
         found[missing] = _scontrol(missing) or _sacct(missing) or Job(missing, "")
     return {number: found[number] for number in ids}

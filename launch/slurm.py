@@ -37,20 +37,19 @@ def start(run: Run, *, detach: bool, stages: Sequence[Stage] = STAGES) -> State:
     splits = elsewhere is not None and "train" in stages and "evaluate" in stages and not run.adapter.is_dir()
     last = Submission.of(run)
     sweep = last.sweep if last else ""
-    mine = Job(str(run.folder), ("train",) if splits else tuple(stages), evaluated_elsewhere=splits, sweep=sweep)
+    where = profile if splits or elsewhere is None else elsewhere
+    mine = Job(str(run.folder), ("train",) if splits else tuple(stages), where, evaluated_elsewhere=splits, sweep=sweep)
     waiting = (before or State("created")).with_(
         status="waiting", stage=mine.stages[0], backend="slurm", host="", note="", error="", ended=""
     )
     waiting.save(run)
     jobs: list[str] = []
     try:
-        jobs += submission.submit(run.folder, run.name, [mine], profile if splits or not elsewhere else elsewhere)
+        jobs += submission.submit(run.folder, run.name, [mine], where)
         if splits and elsewhere is not None:
-            later = Job(str(run.folder), ("evaluate",))
-            jobs += submission.submit(run.folder, run.name, [later], elsewhere, f"afterok:{jobs[0]}")
+            jobs += _submit_evaluation(run, elsewhere, jobs[0])
     except BaseException:
-        for job in jobs:
-            scheduler.cancel(job)
+        _take_back(jobs)
         if before is not None:
             before.save(run)
         raise
@@ -58,40 +57,81 @@ def start(run: Run, *, detach: bool, stages: Sequence[Stage] = STAGES) -> State:
     return waiting
 
 
-def start_sweep(sweep: Sweep) -> None:
-    """Put the cells of a sweep into the queue as one job array."""
-    runs = sweep.runs
+def _submit_evaluation(run: Run, profile: cluster.Cluster, after: str) -> list[str]:
+    job = Job(str(run.folder), ("evaluate",), profile)
+    try:
+        return submission.submit(run.folder, run.name, [job], profile, f"afterok:{after}")
+    except RunError as error:
+        raise RunError(f"the evaluation, with the profile of --evaluate-on: {error}") from error
+
+
+def _take_back(jobs: Sequence[str]) -> None:
+    """End jobs that may have begun, so that nothing writes into their folder any more."""
+    for job in jobs:
+        scheduler.cancel(job)
+    _wait_until_gone(jobs)
+
+
+def _wait_until_gone(jobs: Sequence[str]) -> None:
+    until = time.monotonic() + GONE_SECONDS
+    while any(job.waits or job.runs for job in scheduler.look(jobs).values()):
+        if time.monotonic() > until:
+            raise RunError(f"SLURM has not ended job {' and '.join(jobs)} in {GONE_SECONDS:.0f} s; see squeue")
+        time.sleep(0.5)
+
+
+def start_sweep(sweep: Sweep, runs: Sequence[Run]) -> None:
+    """Put cells of a sweep, of which none is in the queue, there as one job array. Raises RunError where it is refused."""
     profile = cluster.of(runs[0])
     home = Run(sweep.folder)
     snapshot.take(home.code)
-    for run in runs:
-        State("waiting", backend="slurm").save(run)
-    jobs = [Job(str(run.folder), STAGES, sweep=str(sweep.folder)) for run in runs]
-    ids = submission.submit(home.folder, sweep.name, jobs, profile)
+    before = {run: State.of(run) or State("created") for run in runs}
+    for run, state in before.items():
+        run.stop_request.unlink(missing_ok=True)
+        state.with_(status="waiting", backend="slurm", host="", note="", error="", ended="").save(run)
+    jobs = [Job(str(run.folder), STAGES, profile, sweep=str(sweep.folder)) for run in runs]
+    try:
+        ids = submission.submit(home.folder, sweep.name, jobs, profile)
+    except BaseException:
+        for run, state in before.items():
+            state.save(run)
+        raise
     for run, number in zip(runs, ids, strict=True):
         Submission(number, folder=str(home.slurm), sweep=str(sweep.folder)).save(run)
 
 
 def seen(items: Sequence[tuple[Run, State]]) -> list[Seen]:
-    """How runs stand, from their state and from the queue."""
+    """How runs stand, from their state and, where they may not have ended, from the queue."""
     known = [Submission.of(run) for run, _ in items]
-    asked = [job for found in known if found for job in found.jobs]
-    try:
-        jobs = _look(asked)
-    except RunError as error:
-        return [Seen(state.status, _where(state, None), str(error)) for _, state in items]
-    return [
-        _seen(state, found, [jobs[job] for job in found.jobs] if found else [])
+    asked = [
+        found.jobs if found and not _has_ended(state, found) else []
         for (_, state), found in zip(items, known, strict=True)
+    ]
+    try:
+        jobs = _look([job for mine in asked for job in mine])
+    except RunError as error:
+        jobs, unknown = {}, str(error)
+    else:
+        unknown = ""
+    return [
+        Seen(state.status, _where(state, found), unknown)
+        if unknown and mine
+        else _seen(state, found, [jobs[job] for job in mine])
+        for (_, state), found, mine in zip(items, known, asked, strict=True)
     ]
 
 
+def _has_ended(state: State, found: Submission) -> bool:
+    """Whether nothing more is to come; the queue need not be asked about old runs."""
+    trained_only = state.status == "done" and state.stage == "train" and bool(found.evaluation)
+    return state.status in ("done", "cancelled", "failed") and not trained_only
+
+
 def _seen(state: State, found: Submission | None, jobs: Sequence[Queued]) -> Seen:
-    present = next((job for job in jobs if job.waits or job.runs), jobs[-1] if jobs else None)
-    where = _where(state, present)
-    trained_only = state.status == "done" and state.stage == "train" and found is not None and bool(found.evaluation)
-    if found is None or present is None or (state.status in ("done", "cancelled", "failed") and not trained_only):
-        return Seen(state.status, where, error=state.error)
+    if found is None or not jobs:
+        return Seen(state.status, _where(state, found), error=state.error)
+    present = next((job for job in jobs if job.waits or job.runs), jobs[-1])
+    where = _where(state, found, present)
     if present.waits:
         return Seen("waiting", where, present.reason)
     if present.runs:
@@ -111,9 +151,10 @@ def _why_lost(found: Submission, job: Queued) -> str:
     return f"{word}: {said[-1].strip()}" if said else word
 
 
-def _where(state: State, job: Queued | None) -> str:
+def _where(state: State, found: Submission | None, job: Queued | None = None) -> str:
+    number = job.id if job else found.jobs[-1] if found else ""
     place = (job.nodes if job else "") or state.host
-    return ", ".join(part for part in ("slurm", f"job {job.id}" if job else "", place) if part)
+    return ", ".join(part for part in ("slurm", f"job {number}" if number else "", place) if part)
 
 
 def alive(run: Run, state: State) -> bool:
@@ -132,15 +173,7 @@ def cancel(run: Run, state: State, wait: float) -> State:
     until = time.monotonic() + wait
     while time.monotonic() < until and any(job.runs for job in scheduler.look(jobs).values()):
         time.sleep(0.5)
-    for job in jobs:
-        scheduler.cancel(job)
-    until = time.monotonic() + GONE_SECONDS
-    while any(job.waits or job.runs for job in scheduler.look(jobs).values()):
-        if time.monotonic() > until:
-            raise RunError(
-                f"{run.name}: SLURM has not ended job {' and '.join(jobs)} in {GONE_SECONDS:.0f} s; see squeue"
-            )
-        time.sleep(0.5)
+    _take_back(jobs)
     latest = State.of(run) or state
     if latest.status in ALIVE or latest.status == "stopped":
         latest = latest.with_(status="cancelled", ended=now())
@@ -172,8 +205,6 @@ _answers: dict[tuple[str, ...], tuple[float, dict[str, Queued]]] = {}
 
 def _look(jobs: Sequence[str]) -> dict[str, Queued]:
     """What SLURM says, not more often than every few seconds: its controller serves everybody."""
-    if not jobs:
-        return {}
     key = tuple(jobs)
     when, answer = _answers.get(key, (float("-inf"), {}))
     if time.monotonic() > when + FRESH_SECONDS:

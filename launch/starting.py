@@ -45,25 +45,56 @@ def launch(
 
 
 def resume(*, run: str, overrides: list[str], runs: Path, detach: bool, cluster_profile: Path | None) -> int:
-    """Go on with runs that have ended early."""
-    statuses = []
-    for found in finding.runs_of(run, runs):
-        state = State.of(found)
-        if state is not None and state.status == "done":
-            print(f"{found.name} is done; its report is {found.report}")
-            statuses.append(DONE)
-            continue
-        if cluster_profile is not None:
-            _move(found, cluster.load(cluster_profile))
-        if overrides:
-            replanning.replan(found, overrides)
-            print(*tables.plan_lines(Plan.of(found), found.folder), "", sep="\n", flush=True)
-        elif state is None or state.backend == "local":
-            replanning.refuse_fewer_gpus(found)
-        statuses.append(_start(found, detach=detach))
+    """Go on with a run, or with the cells of a sweep, that ended early."""
+    found = finding.runs_of(run, runs)
+    profile = None if cluster_profile is None else cluster.load(cluster_profile)
+    ended = [one for one in found if not _is_done(one)]
+    left = [one for one in ended if len(found) == 1 or not _is_alive(one)]
+    for one in left:
+        _prepare_again(one, profile, overrides)
+    home = finding.sweep_folder(run, runs)
+    if home is not None and len(left) > 1 and _backend(left[0]) == "slurm" and left == ended:
+        sweep = Sweep.of(home)
+        slurm.start_sweep(sweep, left)
+        return _say_queued(sweep, cluster.of(left[0]))
+    statuses = [DONE]
+    for one in left:
+        statuses.append(_start(one, detach=detach))
         if statuses[-1] == INTERRUPTED:
             break
     return max(statuses)
+
+
+def _prepare_again(run: Run, profile: Cluster | None, overrides: Sequence[str]) -> None:
+    """Let a run go on elsewhere, or in another way."""
+    if profile is not None:
+        _move(run, profile)
+    if overrides:
+        replanning.replan(run, overrides)
+        print(*tables.plan_lines(Plan.of(run), run.folder), "", sep="\n", flush=True)
+    elif _backend(run) == "local":
+        replanning.refuse_fewer_gpus(run)
+
+
+def _is_done(run: Run) -> bool:
+    state = State.of(run)
+    if state is None or state.status != "done":
+        return False
+    print(f"{run.name} is done; its report is {run.report}")
+    return True
+
+
+def _is_alive(run: Run) -> bool:
+    state = State.of(run)
+    if state is None or not BACKENDS[state.backend].alive(run, state):
+        return False
+    print(f"{run.name} goes on already")
+    return True
+
+
+def _backend(run: Run) -> str:
+    state = State.of(run)
+    return state.backend if state else "local"
 
 
 def evaluate(*, run: str, runs: Path) -> int:
@@ -92,8 +123,7 @@ def _refuse(profile: Cluster | None, evaluation: Cluster | None, *, sweeps: bool
 
 
 def _start(run: Run, *, detach: bool, stages: Sequence[Stage] = STAGES) -> int:
-    before = State.of(run)
-    backend = BACKENDS[before.backend if before else "local"]
+    backend = BACKENDS[_backend(run)]
     state = backend.start(run, detach=detach, stages=stages)
     if state.status in ("running", "waiting"):
         print(backend.hint(run, state))
@@ -173,11 +203,15 @@ def _sweep(described: Sweep, recipe: str, overrides: Sequence[str], profile: Clu
     if profile is None:
         return _one_after_the_other(sweep)
     try:
-        slurm.start_sweep(sweep)
+        slurm.start_sweep(sweep, sweep.runs)
     except RunError:
         for folder in (sweep.folder, *(run.folder for run in sweep.runs)):
             shutil.rmtree(folder)
         raise
+    return _say_queued(sweep, profile)
+
+
+def _say_queued(sweep: Sweep, profile: Cluster) -> int:
     print(
         f"{sweep.name} is in the queue, {profile.parallel} at once\n  look     finllm status {sweep.name}\n"
         f"  compare  finllm report --sweep {sweep.name}\n  end      finllm cancel {sweep.name}"

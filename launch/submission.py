@@ -26,11 +26,16 @@ KEYS = (
     ("memory", "memory"),
     ("node count|more nodes|too many nodes", "nodes"),
     ("processors", "nodes or cpus"),
-    ("node configuration", "what a node of that partition does not have: gpus_per_node, cpus, memory or nodes"),
+    (
+        "node configuration",
+        "what a node of that partition does not have: gpus_per_node, gpu_type, cpus, memory or nodes",
+    ),
     ("cpu", "cpus"),
     ("option|argument", "sbatch"),
 )
 """Words of sbatch, and the key of the profile that they speak of."""
+UNREACHABLE = "unable to contact|unable to resolve|timed out|zero bytes|connection refused"
+"""What sbatch says where the controller does not answer."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def submit(
                 made = [executor.submit(job) for job in jobs]
             return [str(job.job_id) for job in made]
     except (FailedJobError, FailedSubmissionError) as error:
-        raise RunError(_refusal(str(error))) from error
+        raise RunError(_refusal(str(error), cluster)) from error
 
 
 def script(folder: Path, name: str, cluster: Cluster, *, cells: int = 1, dependency: str | None = None) -> str:
@@ -122,10 +127,14 @@ def _overruling(cluster: Cluster) -> list[str]:
     return [f"SBATCH_{name.upper()}" for name in names]
 
 
-def _refusal(said: str) -> str:
+def _refusal(said: str, cluster: Cluster) -> str:
     """What sbatch said, and which key of the profile to change."""
     lines = [line.strip() for line in said.splitlines() if re.match(r"\s*sbatch: (error|fatal)", line)]
     words = " ".join(line.removeprefix("sbatch: ") for line in lines) or said.strip()
+    if re.search(UNREACHABLE, words, re.IGNORECASE):
+        return f"SLURM does not answer: {words}; try again later, and see `scontrol ping`"
     key = next((key for pattern, key in KEYS if re.search(pattern, words, re.IGNORECASE)), None)
+    if key is None and cluster.sbatch:
+        key = f"sbatch ({', '.join(cluster.sbatch)})"
     hint = f"in the cluster profile, change {key}" if key else "change the cluster profile"
     return f"SLURM refused the job: {words}; {hint}"

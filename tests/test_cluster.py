@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from finllm.errors import RecipeError
-from launch import cluster, submission
+from finllm.run import State, Status, create
+from launch import cluster, slurm, submission
 from launch.cli import main
 from launch.cluster import Cluster
 from launch.job import with_rank
 from launch.scheduler import clean_environment
+from launch.submission import Submission
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "slurm").glob("*.yaml"))
@@ -65,6 +67,7 @@ def test_times_are_read_as_slurm_reads_them(tmp_path: Path, written: str, minute
         (SMALL + "memory: lots\n", "64G"),
         (SMALL + "sbatch: {requeue: true}\n", "use requeues"),
         (SMALL + "sbatch: {partition: gpu}\n", "use partition"),
+        (SMALL + "sbatch: {part: gpu}\n", "use partition"),
         (SMALL + "sbatch: {output: here.txt}\n", "use the run folder"),
         (SMALL + "sbatch: {--mail-type: END}\n", "without --"),
         ("cpus: 2\n", "time"),
@@ -83,7 +86,7 @@ def test_options_reach_the_batch_script(tmp_path: Path) -> None:
     full = Cluster(
         partition="gpu", account="research", qos="high", constraint="a100&nvlink", nodes=2, gpus_per_node=4,
         gpu="a100-80gb", gpu_type="a100", cpus=16, memory="64G", time=90, exclusive=True,
-        setup=("module load cuda",), sbatch={"reservation": "spring", "mail-type": "END"}, signal_seconds=120,
+        setup=("module load cuda",), sbatch={"reservation": "spring", "mail-type": "END", "hold": False}, signal_seconds=120,
     )  # fmt: skip
     text = submission.script(tmp_path, "x", full)
     options = {line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")}
@@ -92,6 +95,7 @@ def test_options_reach_the_batch_script(tmp_path: Path) -> None:
         "cpus-per-task=16", "mem=64G", "time=90", "exclusive", "reservation=spring", "mail-type=END", "requeue",
         "signal=USR2@120", "ntasks-per-node=1",
     }  # fmt: skip
+    assert "hold" not in text
     assert text.index("module load cuda") < text.index("export PYTHONPATH") < text.index("\nsrun ")
     plain = submission.script(tmp_path, "x", Cluster(time=90))
     assert not any(word in plain for word in ("--partition", "--account", "--gres", "--mem", "--exclusive", "--qos"))
@@ -154,6 +158,49 @@ def test_submitting_needs_slurm_and_leaves_nothing(
     assert main(given) == 2
     assert "login node" in capsys.readouterr().err
     assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("Unable to contact slurm controller (connect failure)", "SLURM does not answer: "),
+        ("Requested reservation is invalid", "change sbatch (reservation)"),
+        ("Invalid account or account/partition combination specified", "change account"),
+        ("Invalid generic resource (gres) specification", "gpu_type"),
+    ],
+)
+def test_sbatchs_words_come_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, said: str
+) -> None:
+    """Here a stand-in says them: a cluster that does not answer is no fault of the profile."""
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\necho 'sbatch: error: {words}' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    text = SMALL + "sbatch: {reservation: spring}\n"
+    given = ["launch", "demo", "--cluster", str(profile(tmp_path, text)), "--runs", str(tmp_path / "runs")]
+    assert main(given) == 2
+    answer = capsys.readouterr().err
+    assert words in answer
+    assert said in answer
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_runs_that_have_ended_are_shown_without_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred old runs are no reason to ask the controller a hundred times; here nobody could be asked."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    items = []
+    ended: tuple[Status, ...] = ("done", "failed", "cancelled")
+    for number, status in enumerate(ended):
+        run = create(tmp_path, status)
+        Submission(str(number)).save(run)
+        items.append((run, State(status, stage="evaluate", backend="slurm", host="node1", error="why")))
+    assert [seen.status for seen in slurm.seen(items)] == ["done", "failed", "cancelled"]
+    assert {(seen.waits_for, seen.error) for seen in slurm.seen(items)} == {("", "why")}
+    assert [seen.where for seen in slurm.seen(items)] == [f"slurm, job {number}, node1" for number in range(3)]
+    Submission("4").save(run)
+    (unknown,) = slurm.seen([(run, State("running", backend="slurm"))])
+    assert "login node" in unknown.waits_for
 
 
 @pytest.mark.parametrize(
