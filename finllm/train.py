@@ -67,7 +67,8 @@ def train(
         _refuse_several_gpus(plan)
         stopped_by = _train(run, plan, processes, listens=False)
     except BaseException as error:  # the caller gets it; the run folder must say why, too
-        _note(run, str(error) if isinstance(error, FinllmError) else traceback.format_exc(), cause_of(error))
+        if run is not None:
+            _note(run, str(error) if isinstance(error, FinllmError) else traceback.format_exc(), cause_of(error))
         raise
     _say_the_end(run, stopped_by)
     return run
@@ -162,20 +163,21 @@ def _train(run: Run, plan: Plan, processes: Any, *, listens: bool = True) -> str
 def _failed(
     run: Run | None, message: str, trace: str, status: int, *, is_main: bool, cause: Literal["", "out of memory"] = ""
 ) -> int:
-    """Note it in the run folder; the process that ran out of memory does so itself, and what others say then is noise."""
-    if is_main or cause:
-        _note(run, trace or message, cause)
-    if is_main or trace:
+    """Note it in the run folder, and say it, where it is the cause: what other processes say then is what came of it."""
+    noted = is_main if run is None else _note(run, trace or message, cause)
+    if noted or trace:
         print(message, file=sys.stderr, flush=True)
     return status
 
 
-def _note(run: Run | None, why: str, cause: Literal["", "out of memory"]) -> None:
-    if run is not None:
-        now = Progress.of(run) or Progress("training")
-        if not now.cause:
-            with contextlib.suppress(OSError):  # a full disk: what is printed must do
-                replace(now, error=why, outcome="failed", cause=cause).save(run)
+def _note(run: Run, why: str, cause: Literal["", "out of memory"]) -> bool:
+    """Write down why the run failed, unless a process has said so before; returns whether that was done."""
+    now = Progress.of(run) or Progress("training")
+    if now.outcome == "failed" and (now.cause or not cause):
+        return False
+    with contextlib.suppress(OSError):  # a full disk: what is printed must do
+        replace(now, error=why, outcome="failed", cause=cause).save(run)
+    return True
 
 
 def _say_the_end(run: Run, stopped_by: str | None) -> None:

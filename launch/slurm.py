@@ -153,7 +153,7 @@ def _why_lost(found: Submission, job: Queued) -> str:
 
 def _where(state: State, found: Submission | None, job: Queued | None = None) -> str:
     number = job.id if job else found.jobs[-1] if found else ""
-    place = (job.nodes if job else "") or state.host
+    place = (job.nodes if job else "") or ("" if job and job.waits else state.host)
     return ", ".join(part for part in ("slurm", f"job {number}" if number else "", place) if part)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from finllm import train
 from finllm.errors import RunError
 from finllm.plan import Plan
 from finllm.progress import steps
@@ -102,3 +103,14 @@ def test_progress_is_in_the_run_folder_while_a_stage_lasts(tmp_path: Path) -> No
     after = Progress.of(run)
     assert after is not None
     assert (after.done, after.first, after.loss, after.unit) == (7, 4, 0.25, "row")
+
+
+def test_the_first_process_that_fails_says_why(tmp_path: Path) -> None:
+    """What others say then came of it; only that memory ran out is a better reason, since something is done about it."""
+    run = create(tmp_path, "run")
+    assert train._note(run, "ValueError: the cause", "")
+    assert not train._note(run, "RuntimeError: connection closed by peer", "")
+    assert (Progress.of(run) or Progress("")).error == "ValueError: the cause"
+    assert train._note(run, "out of memory", "out of memory")
+    assert not train._note(run, "ValueError: more", "")
+    assert (Progress.of(run) or Progress("")).error == "out of memory"
