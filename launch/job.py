@@ -33,6 +33,8 @@ POLL_SECONDS = 0.5
 """Between two looks for what to start next."""
 REQUEUE_SECONDS = 120.0
 """In which SLURM ends a job that it has put back into the queue."""
+PRESENT_SECONDS = 60.0
+"""In which a node that lives says so, over a shared file system that is slow to show what is new."""
 PORTS = range(20_000, 60_000)
 WORDS = {"SIGUSR2": "the time limit is near, or the nodes are wanted", "SIGTERM": "SLURM wants the nodes back"}
 
@@ -66,14 +68,14 @@ class Job:
             return str(error)
         finally:
             node.dismiss()
+        if state.status == "stopped" and node.reason:
+            state = node.requeue(state, node.reason)
         if self.sweep and state.status in ("done", "failed"):
             write_report(Sweep.of(Path(self.sweep)))
         if state.status == "done":
             if self.evaluated_elsewhere:
                 state.with_(status="waiting", stage="evaluate", ended="").save(run)
             return "done"
-        if state.status == "stopped" and node.received:
-            node.requeue(state)
         raise RunError(f"{run.name}: {state.status} {state.error}".rstrip())
 
 
@@ -95,6 +97,7 @@ class Node(Here):
         self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.mark = f"{run.folder.resolve()}@{self._identity}.{self.index}"
         self._turn = 0
+        self._lost = ""
         self._ended_by_slurm = False
         self._looked = 0.0
 
@@ -154,14 +157,20 @@ class Node(Here):
         state.with_(status="stopped", note=said).save(self.run)
         raise RunError(f"{self.run.name}: {said}; `finllm resume` goes on from the last checkpoint")
 
-    def requeue(self, state: State) -> None:
+    @property
+    def reason(self) -> str:
+        """Why the job is to be queued again; empty where there is no reason."""
+        return self._lost or (WORDS[signal.Signals(self.received[0][0]).name] if self.received else "")
+
+    def requeue(self, state: State, why: str) -> State:
         """Put the job back into the queue, unless SLURM has done so or has ended it; returns only where it cannot."""
-        why = WORDS[signal.Signals(self.received[0][0]).name]
+        state = state.with_(note=why)
         if scheduler.look([self.job])[self.job].state != "RUNNING":
             self._say(f"{why}: SLURM itself has ended the job, or queued it again")
-            state.with_(note=why).save(self.run)
-            return
-        self._queue_again(state, why)
+            state.save(self.run)
+        else:
+            self._queue_again(state, why)
+        return State.of(self.run) or state
 
     def _queue_again(self, state: State, why: str) -> None:
         limit = self._cluster.requeues
@@ -193,6 +202,24 @@ class Node(Here):
                 self._take_part(turn)
             time.sleep(POLL_SECONDS)
         return f"{self.name}: {done} turn(s)"
+
+    def lost(self) -> str:
+        """Which nodes say nothing any more: what has failed here then came of it, and SLURM may not know yet."""
+        indices = range(1, self._plan.nodes) if self._turn else ()
+        for index in indices:
+            self._presence(index).unlink(missing_ok=True)
+        if self._turn:  # what is on several nodes has begun
+            self._announce({"number": self._turn, "roll": True})
+        until = time.monotonic() + PRESENT_SECONDS
+        while missing := [str(index + 1) for index in indices if not self._presence(index).exists()]:
+            if self._ended_by_slurm or time.monotonic() > until:
+                self._lost = f"node {' and '.join(missing)} of {self._plan.nodes} does not answer"
+                break
+            time.sleep(POLL_SECONDS)
+        return self._lost
+
+    def _presence(self, index: int) -> Path:
+        return self.run.folder / f"present-{self._identity}-{index}"
 
     def dismiss(self) -> None:
         """Tell the other nodes that all is over."""
@@ -229,9 +256,13 @@ class Node(Here):
         return child.wait()
 
     def _told(self) -> dict[str, Any]:
-        """What the first node of this attempt has announced last."""
+        """What the first node of this attempt has announced last; where it calls the roll, this one answers."""
         turn = read_json(self.run.turn) if self.run.turn.is_file() else {}
-        return turn if turn.get("attempt") == self._identity else {}
+        if turn.get("attempt") != self._identity:
+            return {}
+        if turn.get("roll"):
+            self._presence(self.index).touch()
+        return turn
 
     def _announce(self, turn: dict[str, object]) -> None:
         write_json(self.run.turn, {"attempt": self._identity, **turn})

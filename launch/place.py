@@ -73,6 +73,10 @@ class Here:
         """Whether the run is still this supervisor's."""
         return True
 
+    def lost(self) -> str:
+        """What of the place has gone, so that a stage failed; it is no failure of the run then."""
+        return ""
+
     def command(self, _stage: Stage, command: Sequence[str]) -> Sequence[str]:
         """What is started here for a stage of which the plan says `command`."""
         return command

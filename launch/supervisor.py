@@ -76,6 +76,9 @@ class _Supervisor:
         self._state.save(self._run)
         for stage in self._left(stages):
             end = self._tried(stage)
+            if end == "failed" and (lost := self._place.lost()):
+                self._change(note=lost)
+                return self._ended("stopped")
             if end != "done":
                 return self._ended(end)
         return self._ended("done")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ LIGHT = ("evaluation.base=false", "evaluation.baselines=[]", "evaluation.bootstr
 FINLLM = (sys.executable, "-m", "launch.cli")
 LONG = (*LIGHT, "train.epochs=12", "train.global_batch=2", "train.micro_batch=1")
 """312 steps: longer than it takes to disturb them."""
+SLOW = 'time.sleep(0 if "SLURM_RESTART_COUNT" in __import__("os").environ else 0.6)'
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +67,7 @@ def launch_of(recipe: Path, name: str, text: str, *given: str) -> None:
 def slowed(recipe: Path, name: str, text: str, *given: str) -> Run:
     """A run that takes minutes until SLURM has started it again, so that it does not end before it is disturbed."""
     run = launch(recipe, name, text + "sbatch: {hold: true}\n", *given)
-    each_step(run, 'time.sleep(0 if "SLURM_RESTART_COUNT" in __import__("os").environ else 0.6)')
+    each_step(run, SLOW)
     slurm("scontrol", "release", job(run))
     return run
 
@@ -268,6 +270,24 @@ def test_dead_nodes_are_survived(undisturbed: Run, recipe: Path, cluster: Any) -
         same_result(run, undisturbed)
     left = f"{runs['kill'].folder}@{job(runs['kill'])}.0.0"
     until(lambda: not tether.members(left))
+
+
+def test_a_node_that_falls_silent_is_no_failure_of_the_run(recipe: Path, cluster: Any) -> None:
+    """Its trainer is gone, and what started it says nothing; SLURM, which often notices after minutes, is told."""
+    run = launch(recipe, "silent", ONE + "nodes: 2\nsbatch: {hold: true}\n", *LIGHT)
+    each_step(run, SLOW)
+    patience = run.code / "launch" / "job.py"
+    patience.write_text(patience.read_text().replace("PRESENT_SECONDS = 60.0", "PRESENT_SECONDS = 3.0"))
+    slurm("scontrol", "release", job(run))
+    until(at_step(run, 3))
+    second = [pid for pid in cluster.processes() if b"SLURM_NODEID=1" in Path(f"/proc/{pid}/environ").read_bytes()]
+    trainers = tether.members(f"{run.folder}@{job(run)}.0.1")
+    for pid in sorted(second, key=trainers.__contains__):  # first what would see the trainer end
+        os.kill(pid, signal.SIGKILL if pid in trainers else signal.SIGSTOP)
+    state = ended(run)
+    assert (state.status, state.attempt) == ("done", 2)
+    assert "node 2 of 2 does not answer; queued again (1 of at most 20)" in run.log.read_text()
+    assert len(losses(run)) == 14
 
 
 def test_a_run_that_fails_is_not_queued_again(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
