@@ -225,6 +225,8 @@ class Node(Here):
         """Tell the other nodes that all is over."""
         if self._plan.nodes > 1:
             self._announce({"over": True})
+        for presence in self.run.folder.glob("present-*"):
+            presence.unlink(missing_ok=True)
 
     def _take_part(self, turn: dict[str, Any]) -> None:
         """Run this node's processes of a turn; where they fail without a word, say so for them."""

@@ -288,6 +288,7 @@ def test_a_node_that_falls_silent_is_no_failure_of_the_run(recipe: Path, cluster
     assert (state.status, state.attempt) == ("done", 2)
     assert "node 2 of 2 does not answer; queued again (1 of at most 20)" in run.log.read_text()
     assert len(losses(run)) == 14
+    assert not list(run.folder.glob("present-*"))
 
 
 def test_a_run_that_fails_is_not_queued_again(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
