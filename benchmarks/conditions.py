@@ -50,8 +50,8 @@ def make_tiny(folder: Path, tokenizer: Path | None) -> None:
     AutoModelForCausalLM.from_config(MistralConfig(**TINY)).save_pretrained(folder)
 
 
-def make_weights(folder: Path, tokenizer: Path | None) -> None:
-    """A folder with a model of that shape, its random weights in bf16, and the tokenizer, unless it is there."""
+def make_weights(folder: Path, tokenizer: Path | None, shape: dict[str, Any] = SHAPE) -> None:
+    """A folder with a model of the shape, its random weights in bf16, and the tokenizer, unless it is there."""
     if (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file():
         return
     if tokenizer is None:
@@ -62,7 +62,7 @@ def make_weights(folder: Path, tokenizer: Path | None) -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(MistralConfig(**SHAPE))
+        model = AutoModelForCausalLM.from_config(MistralConfig(**shape))
     torch.set_default_dtype(torch.float32)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     model.save_pretrained(folder, max_shard_size="5GB")

@@ -88,7 +88,8 @@ def forced(plan: Any, *, dequantize: bool) -> Any:
     from finllm.shapes import shape_of
 
     place = Place(
-        device=plan.device, name=plan.gpu, dtype=plan.dtype, processes=1, memory_gib=plan.memory.limit / FILLED_SHARE,
+        device=plan.device, name=plan.gpu, dtype=plan.dtype, processes=1, strategy=plan.strategy, offload=False,
+        memory_gib=plan.memory.limit / FILLED_SHARE,
         shape=shape_of(plan.recipe.model), texts=plan.texts, scored_texts=max(plan.rows.validation, plan.rows.test),
         hand_written=plan.hand_written,
     )  # fmt: skip

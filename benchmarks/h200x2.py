@@ -22,14 +22,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from conditions import SHAPE, conditions, make_weights, write
+from conditions import SHAPE, conditions, make_tiny, make_weights, results, write
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes/sft/mistral-7b-v0.1-phrasebank.yaml"
 EACH = 32
 """Examples of a GPU in a step."""
-TINY = {**SHAPE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2}  # fmt: skip
 ONE_B = {**SHAPE, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
          "num_key_value_heads": 8}  # fmt: skip
 """Llama-3.2-1B's layers."""
@@ -161,14 +159,14 @@ def by_trl(folder: Path) -> None:
     plan = Plan.of(Run(folder))
     parts, _ = data.training_parts(plan.recipe.data)
     on_cpu = plan.device == "cpu"
+    device = models.device_of(plan.device, processes.local_process_index)
+    loaded = models.load(plan.recipe.model, dtype=plan.dtype, device=device)  # before TRL tells Transformers of ZeRO-3
     settings = SFTConfig(
         output_dir=str(folder / "trl"), save_strategy="no", report_to=[], logging_steps=1000, learning_rate=2e-4,
         per_device_train_batch_size=EACH, max_steps=plan.steps, bf16=not on_cpu, gradient_checkpointing=False,
         use_cpu=on_cpu and plan.strategy in ("ddp", "fsdp"), ddp_backend="gloo" if on_cpu else None,
         optim="adamw_torch", disable_tqdm=True,
     )  # fmt: skip
-    device = models.device_of(plan.device, processes.local_process_index)
-    loaded = models.load(plan.recipe.model, dtype=plan.dtype, device=device)
     prompter = Prompter(loaded.tokenizer, plan.recipe.prompt)
     loaded.tokenizer.pad_token = loaded.tokenizer.pad_token or loaded.tokenizer.eos_token
     times: list[float] = []
@@ -259,7 +257,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer, for models that must be made")
     parser.add_argument("--real", default="smollm2-135m", help="model for the losses: a folder, or the embedded one")
     parser.add_argument("--runs", type=Path, default=Path("/tmp/h200x2"))  # noqa: S108
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/h200x2.json")
+    parser.add_argument("--results", type=Path, help="else benchmarks/results/h200x2.json; with --tiny nothing")
     parser.add_argument("--systems", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--timeout", type=int, default=110, help="seconds for one system")
     parser.add_argument(
@@ -270,18 +268,16 @@ def main() -> None:
     if asked.child:
         by_trl(asked.child)
         return
-    results = None if asked.tiny and asked.results == parser.get_default("results") else asked.results
+    to = results(asked.results, "h200x2.json", tiny=asked.tiny)
     small = asked.weights.with_name(f"{asked.weights.name}-1b")
-    tokenizer = asked.tokenizer
-    if tokenizer is None and asked.tiny:
-        from finllm import embedded
-
-        tokenizer = embedded.folder()
-    make_weights(asked.weights, tokenizer, TINY if asked.tiny else SHAPE)
-    make_weights(small, tokenizer, TINY if asked.tiny else ONE_B)
+    for folder, shape in ((asked.weights, SHAPE), (small, ONE_B)):
+        if asked.tiny:
+            make_tiny(folder, asked.tokenizer)
+        else:
+            make_weights(folder, asked.tokenizer, shape)
     real = str(asked.weights) if asked.tiny else asked.real
     bench = Bench(asked.weights.absolute(), small.absolute(), real, asked.runs, asked.timeout, asked.tiny)
-    earlier = json.loads(results.read_text()) if results and results.is_file() else []
+    earlier = json.loads(to.read_text()) if to and to.is_file() else []
     found = {row["name"]: row for row in earlier if row["name"] in names}
     common = conditions(
         note=f"random weights but for the losses; {EACH} examples a GPU and step; validation at the end"
@@ -294,9 +290,8 @@ def main() -> None:
             found[name] = {"failed": f"{type(error).__name__}: {error}"[-3000:], **common}
         said = {key: value for key, value in found[name].items() if key not in {"answers", *common}}
         print(json.dumps({"name": name, "took_s": round(time.monotonic() - began), **said}), flush=True)
-        if results:
-            write(results, with_ratios(found))
-    if not results:
+        write(to, with_ratios(found))
+    if to is None:
         print(json.dumps([{k: v for k, v in row.items() if k != "answers"} for row in with_ratios(found)][-1]))
 
 
