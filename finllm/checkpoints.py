@@ -6,7 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
-from finllm.run import COMPLETE, Run, write_text
+from finllm.files import write_text
+from finllm.run import COMPLETE, Run
 
 DAMAGED = "damaged-"
 FULL_BYTES = 2**20

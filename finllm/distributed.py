@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finllm.errors import RecipeError
+from finllm.files import read_json
 from finllm.recipe import Strategy
-from finllm.run import Run, read_json
+from finllm.run import Run
 
 if TYPE_CHECKING:
     from finllm.plan import Plan

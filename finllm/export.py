@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from finllm import cards, licences, llamacpp, models, predictions, scoring
 from finllm.errors import RunError
 from finllm.example import LABELS
+from finllm.files import write_json, write_text
 from finllm.models import Card, Loaded
 from finllm.plan import Plan
 from finllm.predictions import Prediction
 from finllm.progress import steps
 from finllm.prompts import Prompter
 from finllm.recipe import FOUR_BIT, Model
-from finllm.run import Run, write_json, write_text
+from finllm.run import Run
 from finllm.scores import Scores
 
 Form = Literal["merged", "adapter", "gguf"]

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 
 from finllm import embedded, fetching
 from finllm.errors import RunError
+from finllm.files import write_json
 from finllm.recipe import FOUR_BIT, Lora, Model, Prompt
-from finllm.run import Run, write_json
+from finllm.run import Run
 from finllm.yamlfile import Spec
 
 CARD = "finllm.json"

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field
 from finllm import choices, machine, pace, strategies
 from finllm.distributed import accelerate_yaml, deepspeed_config
 from finllm.errors import RecipeError
+from finllm.files import read_model, write_json, write_text
 from finllm.fitting import Place, too_large_to_load
 from finllm.lengths import Lengths
 from finllm.machine import Machine
@@ -19,7 +20,7 @@ from finllm.methods import Training
 from finllm.pace import Pace
 from finllm.provenance import commit, versions
 from finllm.recipe import Recipe, Strategy, recipe_yaml
-from finllm.run import Run, read_model, write_json, write_text
+from finllm.run import Run
 from finllm.shapes import shape_of
 from finllm.strategies import Choice, Considered
 from finllm.yamlfile import Spec

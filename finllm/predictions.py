@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from finllm.errors import RunError
 from finllm.example import LABELS, Example, Label, Split
-from finllm.run import Run, read_json, write_text
+from finllm.files import read_json, write_text
+from finllm.run import Run
 from finllm.yamlfile import Spec
 
 DIGITS = 6

@@ -4,7 +4,8 @@ from pydantic import ValidationError
 
 from finllm.errors import RunError
 from finllm.example import Label, Split
-from finllm.run import Run, read_json, write_json
+from finllm.files import read_json, write_json
+from finllm.run import Run
 from finllm.yamlfile import Spec
 
 LEVEL = 0.05

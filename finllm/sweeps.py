@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finllm.errors import RunError
-from finllm.run import Run, read_json, write_json
+from finllm.files import read_json, write_json
+from finllm.run import Run
 
 FILE = "sweep.json"
 

@@ -10,8 +10,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from finllm import machine, yamlfile
 from finllm.data.spec import AbsolutePath
+from finllm.files import read_model, write_json
 from finllm.machine import Machine
-from finllm.run import Run, read_model, write_json
+from finllm.run import Run
 from finllm.yamlfile import Spec
 
 SCHEDULER_EARLY_SECONDS = 60

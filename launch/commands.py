@@ -12,7 +12,8 @@ from typing import Any
 
 from finllm import embedded
 from finllm.errors import RunError
-from finllm.run import ALIVE, Progress, Run, State, find, write_text
+from finllm.files import write_text
+from finllm.run import ALIVE, Progress, Run, State, find
 from launch import BACKENDS, finding, pairs, planning, shipped, tables
 from launch.endings import DONE
 from launch.place import WAITING

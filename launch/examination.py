@@ -15,7 +15,7 @@ from pathlib import Path
 
 from finllm.diagnosis import Finding, Started, read, without_secrets
 from finllm.doctor import checks
-from finllm.run import write_json
+from finllm.files import write_json
 
 SECONDS = 240.0
 """For all checks: torch comes from a slow shared file system in one minute, and NCCL gives up after another."""

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from finllm.errors import RunError
+from finllm.files import read_json, write_json
 from finllm.plan import Plan
-from finllm.run import Progress, Run, State, read_json, write_json
+from finllm.run import Progress, Run, State
 from finllm.sweeps import Sweep, write_report
 from launch import scheduler, tether
 from launch.cluster import Cluster

@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 
 from finllm.errors import RunError
-from finllm.run import ALIVE, Run, State, write_text
+from finllm.files import write_text
+from finllm.run import ALIVE, Run, State
 from launch import tether
 from launch.place import STAGES, Seen, Stage, mark, stop_seconds
 from launch.show import called, view

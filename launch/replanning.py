@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from finllm import machine, yamlfile
 from finllm.errors import RecipeError, RunError
+from finllm.files import write_text
 from finllm.plan import Plan, decide
 from finllm.recipe import SHARDED, Recipe
-from finllm.run import Run, State, write_text
+from finllm.run import Run, State
 from finllm.yamlfile import Document
 from launch.place import Stage
 from launch.show import called

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finllm.errors import RunError
-from finllm.run import ALIVE, Run, State, write_text
+from finllm.files import write_text
+from finllm.run import ALIVE, Run, State
 from finllm.sweeps import Sweep
 from launch import cluster, scheduler, snapshot, submission
 from launch.job import Job

@@ -8,7 +8,7 @@ import finllm
 import launch
 from finllm.data.places import CHECKOUT
 from finllm.errors import RunError
-from finllm.run import write_text
+from finllm.files import write_text
 
 PACKAGES = (finllm, launch)
 CHANGES = "changes.diff"

@@ -12,7 +12,8 @@ from typing import Any
 
 from finllm.data.places import CHECKOUT
 from finllm.errors import RunError
-from finllm.run import Run, read_json, write_json
+from finllm.files import read_json, write_json
+from finllm.run import Run
 from launch.cluster import Cluster
 from launch.scheduler import clean_environment
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from types import FrameType
 
 from finllm.errors import RunError
+from finllm.files import write_json, write_text
 from finllm.plan import Plan
-from finllm.run import Progress, Run, State, Status, write_json, write_text
+from finllm.run import Progress, Run, State, Status
 from launch import tether
 from launch.lowering import ADVICE, lowered
 from launch.place import STAGES, Here, Stage, environment_of

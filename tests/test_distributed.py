@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 
 from finllm import distributed
 from finllm.errors import RecipeError, RunError
+from finllm.files import write_json
 from finllm.journal import history
 from finllm.lengths import Lengths
 from finllm.machine import Gpu, Machine
 from finllm.plan import Plan, Rows, decide
 from finllm.recipe import SHARDED, Recipe, Strategy, load
-from finllm.run import Run, State, create, write_json
+from finllm.run import Run, State, create
 from finllm.training.batches import GlobalBatches, dealt
 from launch import planning, replanning, tables
 

@@ -7,8 +7,9 @@ import pytest
 
 from finllm import predictions
 from finllm.example import Example
+from finllm.files import write_json
 from finllm.predictions import Answers
-from finllm.run import Run, create, write_json
+from finllm.run import Run, create
 from launch.reliability import FEWEST, Reliability, reliability
 
 

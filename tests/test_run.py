@@ -6,9 +6,10 @@ import pytest
 
 from finllm import train
 from finllm.errors import RunError
+from finllm.files import read_json, write_json
 from finllm.plan import Plan
 from finllm.progress import steps
-from finllm.run import COMPLETE, Progress, Run, State, create, find, read_json, write_json
+from finllm.run import COMPLETE, Progress, Run, State, create, find
 
 
 def test_two_runs_of_one_name_get_two_folders(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from finllm.data.folds import numbers
 from finllm.data.parts import Parts
 from finllm.data.spec import DatasetSpec
 from finllm.errors import DataError, RunError
-from finllm.run import Run, read_json
+from finllm.files import read_json
+from finllm.run import Run
 from finllm.sweeps import Sweep
 
 Shares = tuple[float, float, float]

@@ -20,36 +20,41 @@ from finllm.shared_prefix import IGNORED
 class Shared:
     """For trainers: weights are saved whole and in fp32, in the ordinary format, however they are shared out."""
 
+    args: Any
+    accelerator: Any
+    model: Any
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
+
     def create_accelerator_and_postprocess(self) -> None:
         """Accelerate as configured; it gives FSDP to GPUs alone, while gloo does it on a CPU, too."""
         from accelerate.state import PartialState
         from accelerate.utils import DistributedType
 
-        if self.args.use_cpu and os.environ.get("ACCELERATE_USE_FSDP") == "true":  # type: ignore[attr-defined]
+        if self.args.use_cpu and os.environ.get("ACCELERATE_USE_FSDP") == "true":
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # noqa: SLF001 -- read as: not one
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
 
     @property
     def weights_are_apart(self) -> bool:
         """Whether each process holds a part of the weights, and all take part in each pass."""
-        if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
-            return bool(self.accelerator.state.deepspeed_plugin.zero_stage == 3)  # type: ignore[attr-defined]
-        return bool(self.is_fsdp_enabled)  # type: ignore[attr-defined]
+        if self.is_deepspeed_enabled:
+            return bool(self.accelerator.state.deepspeed_plugin.zero_stage == 3)
+        return bool(self.is_fsdp_enabled)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The trained weights, in PEFT's or Transformers' format; by the first process, all taking part."""
-        by_parts = self.is_fsdp_enabled or self.is_deepspeed_enabled  # type: ignore[attr-defined]
-        if not by_parts:
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
             return
-        folder = Path(output_dir or self.args.output_dir)  # type: ignore[attr-defined]
-        weights = whole(self.model)  # type: ignore[attr-defined]
-        if self.args.should_save:  # type: ignore[attr-defined]
+        folder = Path(output_dir or self.args.output_dir)
+        weights = whole(self.model)
+        if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+            model = self.accelerator.unwrap_model(self.model)
             model.save_pretrained(str(folder), state_dict=weights)
-            torch.save(self.args, folder / "training_args.bin")  # type: ignore[attr-defined]
-        self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
+            torch.save(self.args, folder / "training_args.bin")
+        self.accelerator.wait_for_everyone()
 
 
 def whole(model: Any) -> dict[str, Tensor]:
