@@ -103,6 +103,11 @@ class Plan(Spec):
             write_text(run.accelerate_evaluation, accelerate_yaml(self._of_evaluation, run))
         write_json(run.plan, self.model_dump(mode="json"))
 
+    def evaluated_by(self, processes: int, run: Run) -> "Plan":
+        """The plan with so many processes for the evaluation."""
+        commands = _commands(self.recipe, run.folder, self.commands["evaluate"][0], processes)
+        return self.model_copy(update={"evaluators": processes, "commands": commands})
+
     @property
     def _of_evaluation(self) -> "Plan":
         """The plan as Accelerate starts the evaluation."""

@@ -10,7 +10,6 @@ from finllm.plan import Plan, decide
 from finllm.recipe import SHARDED, Recipe
 from finllm.run import Run, State
 from finllm.yamlfile import Document
-from launch.place import Stage
 from launch.show import called
 
 CHANGEABLE = ("resources.", "distributed.", "train.micro_batch=", "train.gradient_checkpointing=")
@@ -72,15 +71,24 @@ def _refuse(run: Run, before: Plan, after: Plan) -> None:
 
 
 def refuse_fewer_gpus(run: Run) -> None:
-    """Raise RunError where the run was planned for more GPUs than there are, with what to type."""
+    """Raise RunError where training was planned for more GPUs than there are, with what to type."""
+    if run.adapter.is_dir():
+        fit_evaluation(run)
+        return
     plan = Plan.of(run)
-    stage: Stage = "evaluate" if run.adapter.is_dir() else "train"
-    wanted = plan.evaluators if stage == "evaluate" else plan.processes
     if plan.device != "cuda" or plan.nodes > 1:
         return
     there = len(machine.here().gpus)
-    if there < wanted:
+    if there < plan.processes:
         raise RunError(
-            f"{run.name} was planned for {wanted} GPU(s), and {there} can be seen here; "
+            f"{run.name} was planned for {plan.processes} GPU(s), and {there} can be seen here; "
             f"`finllm resume {called(run)} resources.gpus={there}` goes on with that"
         )
+
+
+def fit_evaluation(run: Run) -> None:
+    """Let as many processes evaluate as there are GPUs here, where the run was planned for more."""
+    plan = Plan.of(run)
+    there = len(machine.here().gpus) if plan.device == "cuda" else plan.evaluators
+    if 0 < there < plan.evaluators:
+        plan.evaluated_by(there, run).save(run)

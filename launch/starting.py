@@ -104,6 +104,7 @@ def evaluate(*, run: str, runs: Path) -> int:
         raise RunError(
             f"{found.name} has no trained weights yet; `finllm resume {called(found)}` trains and evaluates it"
         )
+    replanning.fit_evaluation(found)
     return _start(found, detach=False, stages=["evaluate"])
 
 

@@ -311,6 +311,20 @@ def test_fewer_gpus_than_planned_are_said_to_be_fewer(tmp_path: Path, monkeypatc
         replanning.refuse_fewer_gpus(run)
 
 
+def test_an_evaluation_makes_do_with_the_gpus_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`finllm evaluate` of a run that four GPUs have trained, on a machine with two, and with one."""
+    run = create(tmp_path, "run")
+    plan(run.folder.parent, 4).save(run)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for there, command in ((4, "launch"), (2, "launch"), (1, "finllm.evaluate")):
+        monkeypatch.setattr("finllm.machine._nvidia_smi", lambda there=there: (H100,) * there)
+        replanning.fit_evaluation(run)
+        assert (Plan.of(run).evaluators, Plan.of(run).processes) == (there, 4)
+        assert command in Plan.of(run).commands["evaluate"]
+        written = run.accelerate_evaluation.read_text()
+        assert there == 1 or f"num_processes: {there}" in written
+
+
 @pytest.mark.slow
 def test_an_evaluation_by_two_processes_gives_the_answers_of_one(alone: Run, tmp_path: Path) -> None:
     """Every row once, with the same probabilities, and the report of one."""
