@@ -31,8 +31,8 @@ Train = Callable[..., Run]
 ONE = "cpus: 1\nmemory: 2G\ntime: 20\nsignal_seconds: 30\n"
 LIGHT = ("evaluation.base=false", "evaluation.baselines=[]", "evaluation.bootstrap_draws=100")
 FINLLM = (sys.executable, "-m", "launch.cli")
-LONG = (*LIGHT, "train.epochs=12", "train.global_batch=2", "train.micro_batch=1")
-"""312 steps: longer than it takes to disturb them."""
+LONG = (*LIGHT, "train.epochs=6", "train.global_batch=2", "train.micro_batch=1")
+"""156 steps."""
 SLOW = 'time.sleep(0 if "SLURM_RESTART_COUNT" in __import__("os").environ else 0.6)'
 
 
@@ -186,16 +186,16 @@ def test_two_nodes_train_what_one_process_trains(
     undisturbed: Run, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Queued again in the middle by the administrator; both nodes stop at the same step and go on from it."""
-    run = launch(recipe, "two", ONE + "nodes: 2\n", *LONG)
-    until(at_step(run, 40))
+    run = slowed(recipe, "two", ONE + "nodes: 2\n", *LONG)
+    until(at_step(run, 5))
     slurm("scontrol", "requeue", job(run))
     until(at_attempt(run, 2))
     stopped = int(run.complete_checkpoints()[-1].name.rpartition("-")[2])
-    assert stopped >= 40
+    assert stopped >= 5
     state = ended(run)
     assert (state.status, state.attempt) == ("done", 2)
     steps = [row.step for row in history(run) if "train/loss" in row.numbers]
-    assert steps == list(range(1, 313)), "no step was lost, none taken twice"
+    assert steps == list(range(1, 157)), "no step was lost, none taken twice"
     same_result(run, undisturbed, 1e-4)
     assert main(["logs", "two"]) == 0
     said = capsys.readouterr().out
@@ -219,7 +219,7 @@ def test_the_time_limit_is_survived_in_one_wandb_run(undisturbed: Run, recipe: P
     assert state.attempt > 1
     assert "the time limit is near, or the nodes are wanted; queued again (1 of at most 20)" in run.log.read_text()
     steps = [row.step for row in history(run) if "train/loss" in row.numbers]
-    assert steps == list(range(1, 313))
+    assert steps == list(range(1, 157))
     ids = {path.name.rpartition("-")[2] for path in (run.folder / "wandb").glob("offline-run-*")}
     assert len(ids) == 1
     same_result(run, undisturbed)
@@ -227,8 +227,8 @@ def test_the_time_limit_is_survived_in_one_wandb_run(undisturbed: Run, recipe: P
 
 def test_preemption_is_survived(undisturbed: Run, recipe: Path) -> None:
     """A job of a better partition takes all nodes; the run waits, and goes on when they are free."""
-    run = launch(recipe, "preempted", ONE + "partition: debug\n", *LONG)
-    until(at_step(run, 30))
+    run = slowed(recipe, "preempted", ONE + "partition: debug\n", *LONG)
+    until(at_step(run, 5))
     slurm("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
     until(lambda: standing(run).status == "waiting")
     state = ended(run)
@@ -239,8 +239,8 @@ def test_preemption_is_survived(undisturbed: Run, recipe: Path) -> None:
 
 def test_preemption_with_a_warning_is_survived(undisturbed: Run, recipe: Path) -> None:
     """The partition gives time after the signal: the job queues itself again, once."""
-    run = launch(recipe, "warned", ONE + "partition: graced\n", *LONG)
-    until(at_step(run, 30))
+    run = slowed(recipe, "warned", ONE + "partition: graced\n", *LONG)
+    until(at_step(run, 5))
     slurm("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
     until(lambda: (State.of(run) or State("created")).status == "waiting")
     state = ended(run)
@@ -331,8 +331,8 @@ def test_a_second_job_evaluates(recipe: Path) -> None:
 
 def test_cancelling_ends_it_for_good(recipe: Path) -> None:
     """While it runs, and while it waits; a checkpoint is kept, and resume goes on from it."""
-    run = launch(recipe, "cancelled", ONE, *LONG)
-    until(at_step(run, 10))
+    run = slowed(recipe, "cancelled", ONE, *LONG)
+    until(at_step(run, 5))
     assert main(["cancel", "cancelled"]) == 0
     state = State.of(run)
     assert state is not None
@@ -350,8 +350,8 @@ def test_cancelling_ends_it_for_good(recipe: Path) -> None:
 
 def test_scancel_is_no_reason_to_come_back(recipe: Path) -> None:
     """Whoever ends the job in SLURM's own way gets a stopped run with a checkpoint, not a new job."""
-    run = launch(recipe, "ended", ONE, *LONG)
-    until(at_step(run, 10))
+    run = slowed(recipe, "ended", ONE, *LONG)
+    until(at_step(run, 5))
     slurm("scancel", job(run))
     state = ended(run)
     assert state.status == "stopped"
@@ -361,7 +361,7 @@ def test_scancel_is_no_reason_to_come_back(recipe: Path) -> None:
 
 def test_a_job_that_comes_back_too_often_stays_away(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The profile's limit of one."""
-    run = launch(recipe, "looping", ONE + "requeues: 0\n", *LONG)
+    run = slowed(recipe, "looping", ONE + "requeues: 0\n", *LONG)
     until(at_step(run, 5))
     slurm("scontrol", "requeue", job(run))
     state = ended(run)
