@@ -202,6 +202,7 @@ def evaluated(bench: Bench, gpus: int) -> dict[str, Any]:
 
     zero_shot = ("train=null", "evaluation.baselines=[]", "evaluation.batch_calibration=false")
     run = bench.prepared(f"evaluation-{gpus}", str(bench.weights), gpus, "auto", zero_shot)
+    Plan.of(run).evaluated_by(gpus, run).save(run)
     bench.run(Plan.of(run).commands["evaluate"], gpus)
     answers = of_run(run)
     rows = {p.id: list(p.probabilities) for p in answers.predictions}

@@ -228,10 +228,8 @@ def _count(recipe: Recipe, gpus: int, nodes: int, started: int | None) -> int:
 
 
 def _evaluators(recipe: Recipe, gpus: int, started: int | None) -> int:
-    """Processes of the evaluation: one for each GPU of a machine."""
-    if started is not None or recipe.distributed.strategy == "single":
-        return 1
-    return gpus or recipe.resources.cpu_processes
+    """Processes of the evaluation: one for each GPU of a machine; on CPUs one has all cores."""
+    return 1 if started is not None or recipe.distributed.strategy == "single" else max(1, gpus)
 
 
 def _dtype(recipe: Recipe, here: Machine, gpus: int, reasons: list[str]) -> Literal["bf16", "fp32"]:

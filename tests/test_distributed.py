@@ -20,7 +20,7 @@ from finllm.journal import history
 from finllm.lengths import Lengths
 from finllm.machine import Gpu, Machine
 from finllm.plan import Plan, Rows, decide
-from finllm.recipe import SHARDED, Recipe, Strategy, load
+from finllm.recipe import SHARDED, Recipe, Strategy
 from finllm.run import Run, State, create
 from finllm.training.batches import GlobalBatches, dealt
 from launch import planning, replanning, tables
@@ -333,9 +333,7 @@ def test_an_evaluation_by_two_processes_gives_the_answers_of_one(alone: Run, tmp
 
     two = Run(tmp_path / "two")
     shutil.copytree(alone.folder, two.folder)
-    recipe = load(alone.recipe, ["resources.cpu_processes=2"])
-    rows = Plan.of(alone).rows
-    decide(recipe, here=Machine((), 2, 24.0), rows=rows, folder=two.folder, source="r").save(two)
+    Plan.of(alone).evaluated_by(2, two).save(two)
     command = Plan.of(two).commands["evaluate"]
     assert "accelerate-evaluate.yaml" in " ".join(command)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
