@@ -315,7 +315,7 @@ def test_the_tether_ends_what_a_command_leaves_behind(make: Make) -> None:
 def test_no_worker_of_a_real_accelerate_launch_lives_on(make: Make) -> None:
     """Two workers that hang, under torchrun, each in a session of its own."""
     run = make(train=STUBBORN, evaluate=EVALUATE)
-    plan = Plan.of(run).model_copy(update={"processes": 2})
+    plan = Plan.of(run).model_copy(update={"processes": 2, "strategy": "ddp"})
     script = plan.commands["train"][1]
     launcher = ("-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(run.accelerate))
     command = (sys.executable, *launcher, script, str(run.folder))
@@ -433,12 +433,12 @@ def test_two_supervisors_that_start_together_do_not_share_a_run(make: Make) -> N
 
 
 def test_a_detached_run_is_followed_and_cancelled_from_elsewhere(make: Make) -> None:
-    """The terminal is given back within two seconds; status, logs and cancel find the run."""
+    """The terminal is given back at once; status, logs and cancel find the run."""
     run = make(train=TRAIN, evaluate=EVALUATE)
     where = ("--runs", str(run.folder.parent))
     began = time.monotonic()
     answer = finllm("resume", "small", "--detach", *where)
-    assert time.monotonic() - began < 4  # about 1 s on an idle machine
+    assert time.monotonic() - began < 20  # about 1 s on an idle machine; the run takes 30
     assert answer.returncode == 0
     assert f"finllm logs {run.folder} -f" in answer.stdout
     assert os.getsid(state(run).pid) == state(run).pid
