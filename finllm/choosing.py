@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from finllm.errors import RecipeError
 from finllm.fitting import LARGEST_ON_CPU, Fit, Place, best, divisors, measured, sizes
-from finllm.recipe import FOUR_BIT, Recipe
+from finllm.recipe import APART, FOUR_BIT, Recipe
 
 LARGEST_UNKNOWN = 16
 """Examples in a micro-batch where the memory that they need is not known."""
@@ -116,10 +116,6 @@ def _advice(recipe: Recipe, place: Place, smallest: Fit) -> str:
     if recipe.train is not None and recipe.train.gradient_checkpointing is False:
         changes.append("set train.gradient_checkpointing to auto")
     if recipe.train is not None and place.processes > 1 and not place.offload:
-        shared = (
-            "set distributed.offload to true"
-            if place.strategy in ("fsdp", "zero3")
-            else "set distributed.strategy to fsdp"
-        )
+        shared = "set distributed.offload to true" if place.strategy in APART else "set distributed.strategy to fsdp"
         changes.append(shared)
     return ", or ".join([*changes, f"lower prompt.max_tokens ({recipe.prompt.max_tokens})", f"use {larger}"])

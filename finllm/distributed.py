@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from finllm.errors import RecipeError
 from finllm.files import read_json
-from finllm.recipe import Strategy
+from finllm.recipe import BY_DEEPSPEED, Strategy
 from finllm.run import Run
 
 if TYPE_CHECKING:
     from finllm.plan import Plan
 
-DEEPSPEED: tuple[Strategy, ...] = ("zero2", "zero3")
-APART: tuple[Strategy, ...] = ("fsdp", "zero3")
-"""Strategies under which each process holds a part of the weights."""
 LIVE_LAYERS = 2
 """Layers of which zero3 holds all weights at a time: the one that is computed, and the next."""
 
@@ -71,7 +68,7 @@ def _deepspeed_on_cpu() -> Any:
 def accelerate_yaml(plan: "Plan", run: Run) -> str:
     """Accelerate's configuration file, complete, so that the user's default file changes nothing."""
     # DeepSpeed decides by itself whether there is a GPU, and its own file says in which precision it computes.
-    zero = plan.strategy in DEEPSPEED
+    zero = plan.strategy in BY_DEEPSPEED
     lines: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": _TYPES[plan.strategy],

@@ -8,7 +8,7 @@ from finllm import choices
 from finllm.holding import Setting, whole_weight_bytes
 from finllm.lengths import Batch, Lengths, instruction_tokens, largest_batch
 from finllm.memory import GIB, HAND_WRITTEN_KINDS, Estimate, estimate, scored_by_hand
-from finllm.recipe import FOUR_BIT, Recipe, Strategy
+from finllm.recipe import APART, FOUR_BIT, Recipe, Strategy
 from finllm.shapes import Shape
 
 FILLED_SHARE = 0.9
@@ -130,7 +130,7 @@ def _ways(recipe: Recipe, place: Place) -> Iterator[tuple[bool, bool]]:
         ways = [(False, False), (False, True)]
     elif place.device == "cpu":  # a CPU takes longer to unpack weights than to compute activations again
         ways = [(True, False), (True, True), (False, True)]
-        if place.strategy in ("fsdp", "zero3"):  # bitsandbytes' CPU kernels misread 4-bit weights that can be divided
+        if place.strategy in APART:  # bitsandbytes' CPU kernels misread 4-bit weights that can be divided
             ways.pop()
     elif asked is True:  # who asks for little memory does not want its weights in 16 bits
         ways = [(False, True)]
@@ -162,7 +162,7 @@ def sizes(recipe: Recipe, place: Place, each: int) -> Sequence[int]:
 
 def too_large_to_load(recipe: Recipe, place: Place, choice: Fit) -> bool:
     """Whether a GPU that shall hold a part of the weights has no room for all of them."""
-    if place.strategy not in ("fsdp", "zero3") or place.shape is None or place.limit is None or place.device == "cpu":
+    if place.strategy not in APART or place.shape is None or place.limit is None or place.device == "cpu":
         return False
     return whole_weight_bytes(place.shape, setting(recipe, place, choice)) > place.limit * GIB
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from finllm.recipe import FOUR_BIT, Lora, Quantization, Strategy
+from finllm.recipe import APART, BY_DEEPSPEED, FOUR_BIT, SHARDED, Lora, Quantization, Strategy
 from finllm.shapes import Shape
 
 STEP = 64
@@ -50,7 +50,7 @@ class Setting:
 def weight_bytes(shape: Shape, how: Setting) -> float:
     """Bytes of the base model's weights in one process."""
     whole = whole_weight_bytes(shape, how)
-    if how.strategy not in ("fsdp", "zero3"):
+    if how.strategy not in APART:
         return whole
     return (0.0 if how.offload else whole / how.processes) + _gathered(shape, how)
 
@@ -58,7 +58,7 @@ def weight_bytes(shape: Shape, how: Setting) -> float:
 def whole_weight_bytes(shape: Shape, how: Setting) -> float:
     """Bytes of all of the base model's weights; those that are trained are fp32, but DeepSpeed's copy in bf16."""
     if how.all_weights:
-        return float(shape.parameters * (how.size if how.strategy in ("zero2", "zero3") else 4))
+        return float(shape.parameters * (how.size if how.strategy in BY_DEEPSPEED else 4))
     rest = how.size * (shape.embedding_parameters + shape.norm_parameters)  # bitsandbytes leaves head and embeddings
     return rest + _linear_bytes(how) * shape.linear_parameters + _beside(shape, how)
 
@@ -115,7 +115,7 @@ def lora_parameters(shape: Shape, lora: Lora) -> int:
 
 def state_bytes(shape: Shape, how: Setting) -> float:
     """Bytes of what is trained beyond the base weights: factors in fp32, gradients, optimizer, copies."""
-    if how.strategy in ("zero2", "fsdp", "zero3"):
+    if how.strategy in SHARDED:
         return _shared_out(shape, how)
     states = {"adamw": 8, "adamw_8bit": 2 + 8 / 256}.get(
         how.optimizer, 0.0

@@ -19,7 +19,7 @@ from finllm.memory import Estimate
 from finllm.methods import Training
 from finllm.pace import Pace
 from finllm.provenance import commit, versions
-from finllm.recipe import Recipe, Strategy, recipe_yaml
+from finllm.recipe import BY_DEEPSPEED, Recipe, Strategy, recipe_yaml
 from finllm.run import Run
 from finllm.shapes import shape_of
 from finllm.strategies import Choice, Considered
@@ -97,7 +97,7 @@ class Plan(Spec):
         """Fill a new run folder: the plan, the resolved recipe, Accelerate's configuration."""
         write_text(run.recipe, recipe_yaml(self.recipe))
         write_text(run.accelerate, accelerate_yaml(self, run))
-        if self.strategy in ("zero2", "zero3"):
+        if self.strategy in BY_DEEPSPEED:
             write_json(run.deepspeed, deepspeed_config(self))
         if self.evaluators > 1:
             write_text(run.accelerate_evaluation, accelerate_yaml(self._of_evaluation, run))

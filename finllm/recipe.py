@@ -15,6 +15,10 @@ FOUR_BIT: tuple[Quantization, ...] = ("nf4", "fp4")
 Strategy = Literal["single", "ddp", "zero2", "fsdp", "zero3"]
 SHARDED: tuple[Strategy, ...] = ("zero2", "fsdp", "zero3")
 """Strategies under which no process holds all that is trained."""
+APART: tuple[Strategy, ...] = ("fsdp", "zero3")
+"""Strategies under which each process holds a part of the weights."""
+BY_DEEPSPEED: tuple[Strategy, ...] = ("zero2", "zero3")
+"""Strategies that DeepSpeed carries out; the others are torch's."""
 
 
 class Model(Spec):

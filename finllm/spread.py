@@ -40,14 +40,7 @@ def score(
     shares = _shares([len(prompt) for prompt in prompts], processes)
     mine = shares[rank]
     if in_step:
-        mine = [*mine, *[mine[-1] if mine else 0] * (len(shares[0]) - len(mine)), *_deciding(prompts)]
-        longest = [
-            max(len(prompts[share[min(row, len(share) - 1)]]) for share in shares if share)
-            for row in range(len(shares[0]))
-        ]
-        most = len(prompts[_deciding(prompts)[0]])
-        lengths = [*longest, *[most] * (len(mine) - len(longest))]
-        how["batches"] = list(scoring.batches_of(lengths, sum(map(len, answers)), batch_tokens))
+        mine, how["batches"] = together(prompts, shares, rank, sum(map(len, answers)), batch_tokens)
     found = scoring.score(model, [prompts[row] for row in mine], answers, batch_tokens=batch_tokens, **how)
     parts: list[Any] = [None] * processes
     dist.all_gather_object(parts, found[: len(shares[rank])])
@@ -61,6 +54,20 @@ def _shares(lengths: Sequence[int], processes: int) -> list[list[int]]:
     """Rows of each process, of about the same lengths; the first have one more where they cannot be equally many."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     return [order[rank::processes] for rank in range(processes)]
+
+
+def together(
+    prompts: Sequence[list[int]], shares: Sequence[list[int]], rank: int, extra: int, batch_tokens: int
+) -> tuple[list[int], list[list[int]]]:
+    """The prompts that one process asks for, filled up to as many as the others have, and the passes that all make.
+
+    To its share come the prompts on which it depends how all are scored, so that every process comes to the same way.
+    """
+    places = range(len(shares[0]))  # the first share is the longest
+    deciding = _deciding(prompts)
+    filled = [[*share, *[(share or deciding)[-1]] * (len(places) - len(share)), *deciding] for share in shares]
+    longest = [max(len(prompts[share[place]]) for share in filled) for place in range(len(filled[0]))]
+    return filled[rank], list(scoring.batches_of(longest, extra, batch_tokens))
 
 
 def _deciding(prompts: Sequence[list[int]]) -> list[int]:

@@ -8,7 +8,7 @@ from finllm.choosing import fit
 from finllm.errors import RecipeError
 from finllm.fitting import Fit, Place, best
 from finllm.memory import Estimate
-from finllm.recipe import SHARDED, Recipe, Strategy
+from finllm.recipe import APART, BY_DEEPSPEED, SHARDED, Recipe, Strategy
 from finllm.yamlfile import Spec
 
 PREFERRED: tuple[Strategy, ...] = ("ddp", "zero2", "fsdp")
@@ -71,7 +71,7 @@ def _refuse(strategy: Strategy, processes: int) -> None:
         raise RecipeError(f"distributed.strategy is single, and there are {processes} processes; write auto")
     if strategy == "ddp" and processes == 1:
         raise RecipeError("distributed.strategy is ddp, and there is one process; write auto, or use more GPUs")
-    if strategy in ("zero2", "zero3") and not _has_deepspeed():
+    if strategy in BY_DEEPSPEED and not _has_deepspeed():
         raise RecipeError(f"distributed.strategy is {strategy}, which needs DeepSpeed: pip install deepspeed")
 
 
@@ -102,9 +102,9 @@ def _cannot(recipe: Recipe, strategy: Strategy) -> str:
         return f"train.optimizer is {recipe.train.optimizer}"
     if strategy in SHARDED and recipe.train.hand_written == "on":
         return "train.hand_written is on"
-    if strategy in ("fsdp", "zero3") and recipe.model.quantization == "int8":
+    if strategy in APART and recipe.model.quantization == "int8":
         return "model.quantization is int8"
-    if strategy in ("zero2", "zero3") and not _has_deepspeed():
+    if strategy in BY_DEEPSPEED and not _has_deepspeed():
         return "DeepSpeed is not installed here"
     return ""
 

@@ -7,7 +7,7 @@ from finllm import machine, yamlfile
 from finllm.errors import RecipeError, RunError
 from finllm.files import write_text
 from finllm.plan import Plan, decide
-from finllm.recipe import SHARDED, Recipe
+from finllm.recipe import BY_DEEPSPEED, SHARDED, Recipe
 from finllm.run import Run, State
 from finllm.yamlfile import Document
 from launch.show import called
@@ -58,7 +58,7 @@ def _refuse(run: Run, before: Plan, after: Plan) -> None:
     """Checkpoints hold the state of the optimizer as the strategy has divided it."""
     whole = before.strategy not in SHARDED
     if whole == (after.strategy not in SHARDED) and (whole or before.strategy == after.strategy):
-        if before.strategy not in ("zero2", "zero3") or before.processes == after.processes:
+        if before.strategy not in BY_DEEPSPEED or before.processes == after.processes:
             return
         raise RunError(
             f"{run.name} has checkpoints of DeepSpeed by {before.processes} processes, which {after.processes} cannot "
@@ -70,8 +70,8 @@ def _refuse(run: Run, before: Plan, after: Plan) -> None:
     )
 
 
-def refuse_fewer_gpus(run: Run) -> None:
-    """Raise RunError where training was planned for more GPUs than there are, with what to type."""
+def suit_gpus(run: Run) -> None:
+    """Evaluate with the GPUs that are there; raise RunError where training was planned for more, with what to type."""
     if run.adapter.is_dir():
         fit_evaluation(run)
         return

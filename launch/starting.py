@@ -73,7 +73,7 @@ def _prepare_again(run: Run, profile: Cluster | None, overrides: Sequence[str]) 
         replanning.replan(run, overrides)
         print(*tables.plan_lines(Plan.of(run), run.folder), "", sep="\n", flush=True)
     elif _backend(run) == "local":
-        replanning.refuse_fewer_gpus(run)
+        replanning.suit_gpus(run)
 
 
 def _is_done(run: Run) -> bool:

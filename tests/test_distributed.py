@@ -13,7 +13,7 @@ import torch
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
-from finllm import distributed
+from finllm import distributed, spread
 from finllm.errors import RecipeError, RunError
 from finllm.files import write_json
 from finllm.journal import history
@@ -22,6 +22,7 @@ from finllm.machine import Gpu, Machine
 from finllm.plan import Plan, Rows, decide
 from finllm.recipe import SHARDED, Recipe, Strategy
 from finllm.run import Run, State, create
+from finllm.shared_prefix import shared_length
 from finllm.training.batches import GlobalBatches, dealt
 from launch import planning, replanning, tables
 
@@ -190,6 +191,23 @@ def test_a_step_is_dealt_by_its_tokens() -> None:
     assert sorted(row for batch in alone for row in batch) == list(range(256))
 
 
+def test_processes_that_need_each_other_make_equally_many_passes() -> None:
+    """Each gets its own prompts once, and with them those on which the way of scoring depends; one has none of its own."""
+    rng = np.random.default_rng(5)
+    for count, processes in ((37, 4), (8, 3), (2, 3)):
+        prompts = [[7, 7, 7, *rng.integers(0, 9, size=rng.integers(1, 40)).tolist()] for _ in range(count)]
+        shares = spread._shares([len(prompt) for prompt in prompts], processes)
+        found = [spread.together(prompts, shares, rank, 2, 96) for rank in range(processes)]
+        assert sorted(row for share in shares for row in share) == list(range(count))
+        for (mine, passes), share in zip(found, shares, strict=True):
+            assert mine[: len(share)] == share
+            assert passes == found[0][1], "another number of passes, or of other sizes: all would wait for ever"
+            assert sorted(place for one in passes for place in one) == list(range(len(mine)))
+            assert all(len(one) * (max(len(prompts[mine[p]]) for p in one) + 2) <= 96 for one in passes if len(one) > 1)
+            assert shared_length([prompts[row] for row in mine]) == shared_length(prompts)
+            assert max(len(prompts[row]) for row in mine) == max(map(len, prompts))
+
+
 Start = Callable[..., Run]
 
 
@@ -308,7 +326,7 @@ def test_fewer_gpus_than_planned_are_said_to_be_fewer(tmp_path: Path, monkeypatc
     with pytest.raises(
         RunError, match=r"planned for 2 GPU\(s\), and 1 can be seen here; `finllm resume .* resources.gpus=1`"
     ):
-        replanning.refuse_fewer_gpus(run)
+        replanning.suit_gpus(run)
 
 
 def test_an_evaluation_makes_do_with_the_gpus_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

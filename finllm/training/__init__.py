@@ -9,7 +9,6 @@ import numpy as np
 
 from finllm import checkpoints, data, metrics, models, shared_prefix, spread, tracking
 from finllm.data import Parts
-from finllm.distributed import APART
 from finllm.errors import RunError
 from finllm.example import LABELS
 from finllm.fast.engine import Engine
@@ -19,6 +18,7 @@ from finllm.models import Card
 from finllm.plan import Plan, steps_of
 from finllm.progress import steps
 from finllm.prompts import Prompter
+from finllm.recipe import APART
 from finllm.run import Run
 from finllm.training import dpo, handwritten, sft, sharded, sharing
 from finllm.training.arguments import arguments

@@ -4,9 +4,9 @@ from typing import Any
 
 from trl import DPOConfig, SFTConfig
 
-from finllm.distributed import DEEPSPEED
 from finllm.methods import Dpo
 from finllm.plan import Plan, steps_of, steps_per_epoch
+from finllm.recipe import BY_DEEPSPEED
 from finllm.run import Run
 
 OPTIMIZERS = {
@@ -48,10 +48,10 @@ def _shared(run: Run, plan: Plan, rows: int, *, validates: bool, engine: bool) -
         "warmup_steps": round(spec.warmup_share * total),
         "weight_decay": spec.weight_decay,
         "max_grad_norm": spec.max_grad_norm,
-        "optim": "adamw_torch" if plan.strategy in DEEPSPEED else OPTIMIZERS[spec.optimizer, plan.device],
+        "optim": "adamw_torch" if plan.strategy in BY_DEEPSPEED else OPTIMIZERS[spec.optimizer, plan.device],
         "seed": spec.seed,
         "bf16": plan.dtype == "bf16",
-        "use_cpu": plan.device == "cpu" and plan.strategy not in DEEPSPEED,
+        "use_cpu": plan.device == "cpu" and plan.strategy not in BY_DEEPSPEED,
         "ddp_backend": "gloo" if plan.device == "cpu" and plan.strategy != "single" else None,
         "ddp_find_unused_parameters": False if plan.strategy == "ddp" else None,
         "gradient_checkpointing": checkpointing,
