@@ -185,8 +185,12 @@ def test_a_run_on_one_node(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys
 def test_two_nodes_train_what_one_process_trains(
     undisturbed: Run, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Queued again in the middle by the administrator; both nodes stop at the same step and go on from it."""
+    """Queued again in the middle by the administrator; both nodes stop at the same step and go on from it.
+
+    It ends as two nodes do that nobody has disturbed, and, to rounding, as one process.
+    """
     run = slowed(recipe, "two", ONE + "nodes: 2\n", *LONG)
+    at_peace = launch(recipe, "at-peace", ONE + "nodes: 2\n", *LONG)
     until(at_step(run, 5))
     slurm("scontrol", "requeue", job(run))
     until(at_attempt(run, 2))
@@ -196,6 +200,8 @@ def test_two_nodes_train_what_one_process_trains(
     assert (state.status, state.attempt) == ("done", 2)
     steps = [row.step for row in history(run) if "train/loss" in row.numbers]
     assert steps == list(range(1, 157)), "no step was lost, none taken twice"
+    assert ended(at_peace).attempt == 1
+    same_result(run, at_peace)
     same_result(run, undisturbed, 1e-4)
     assert main(["logs", "two"]) == 0
     said = capsys.readouterr().out
