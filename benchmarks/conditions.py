@@ -1,6 +1,8 @@
 """What the GPU benchmarks share: the model that they measure, what its arithmetic takes, and where they ran."""
 
 import json
+import multiprocessing
+import os
 import platform
 import shutil
 import subprocess
@@ -56,6 +58,14 @@ def make_weights(folder: Path, tokenizer: Path | None, shape: dict[str, Any] = S
         return
     if tokenizer is None:
         raise SystemExit(f"{folder} holds no model; give --tokenizer to make one")
+    apart = multiprocessing.get_context("spawn").Process(target=_make, args=(folder, tokenizer, shape))
+    apart.start()  # so that this process holds nothing of the GPU
+    apart.join()
+    if apart.exitcode:
+        raise SystemExit(f"{folder} could not be made")
+
+
+def _make(folder: Path, tokenizer: Path, shape: dict[str, Any]) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
@@ -68,9 +78,15 @@ def make_weights(folder: Path, tokenizer: Path | None, shape: dict[str, Any] = S
     model.save_pretrained(folder, max_shard_size="5GB")
 
 
+def first_gpu() -> list[str]:
+    """Arguments by which nvidia-smi speaks of the GPU that this process calls its first."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    return [f"--id={visible or 0}"]
+
+
 def conditions(note: str = "") -> dict[str, Any]:
     """Hardware, versions and date of a measurement."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader"]
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader", *first_gpu()]
     has_gpu = shutil.which(query[0]) is not None
     gpu = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() if has_gpu else "no GPU"
     packages = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "bitsandbytes")

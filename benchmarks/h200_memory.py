@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conditions import conditions, make_tiny, make_weights, results, write
+from conditions import conditions, first_gpu, make_tiny, make_weights, results, write
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes/sft/mistral-7b-v0.1-phrasebank.yaml"
@@ -139,7 +139,7 @@ def scored(plan: Any) -> int:
 
 def in_use() -> float | None:
     """GiB of the first GPU, as nvidia-smi says; other processes' count too."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", *first_gpu()]
     done = subprocess.run(query, capture_output=True, text=True, check=False)
     said = done.stdout.strip()
     return round(float(said) / 1024, 2) if said.replace(".", "").isdigit() else None

@@ -95,7 +95,8 @@ class Bench:
         """What a command prints; raises RuntimeError with it where it fails or takes too long."""
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         if not self.tiny:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[:gpus])
         else:
             environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         try:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
 
 from finllm.run import Run
 
@@ -53,8 +54,12 @@ class Workers:
     """At most so many jobs at once, and none beyond so many minutes from now: those are stopped, and go on next time."""
 
     def __init__(self, at_once: int, minutes: float | None = None, threads: int = 2) -> None:
-        """`threads` are those of each run on the processor."""
+        """`threads` are those of each run on the processor. Each GPU that is visible takes an equal part of the runs."""
         self._pool = ThreadPoolExecutor(at_once)
+        self._gpus: Queue[str] = Queue()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        for slot in range(at_once):
+            self._gpus.put(visible[slot % len(visible)])
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
         self._threads = threads
 
@@ -88,9 +93,13 @@ class Workers:
         if left is not None and left < 1:
             return "no time left; give the command again"
         environment = {**os.environ, "FINLLM_RUNS": str(job.runs), "OMP_NUM_THREADS": str(self._threads)}
+        gpu = self._gpus.get()
+        environment |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
         asked = [sys.executable, "-m", f"finllm.{module}", *arguments]
         try:
             done = subprocess.run(asked, env=environment, capture_output=True, text=True, check=False, timeout=left)
         except subprocess.TimeoutExpired:
             return f"{module} was stopped, as time was up; give the command again"
+        finally:
+            self._gpus.put(gpu)
         return "" if done.returncode == 0 else (done.stdout + done.stderr)[-SAID:]
