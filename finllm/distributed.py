@@ -128,9 +128,10 @@ def deepspeed_config(plan: "Plan") -> dict[str, Any]:
     if plan.recipe.distributed.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": plan.device == "cuda"}
     if stage == 3:
-        live = 10**9 if plan.layer_parameters is None else LIVE_LAYERS * plan.layer_parameters
+        layer = plan.layer_parameters
+        live = LIVE_LAYERS * layer if layer else 10**9
         zero |= {
-            "stage3_prefetch_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": layer or "auto",
             "stage3_param_persistence_threshold": "auto",
             "stage3_max_live_parameters": live,
             "stage3_max_reuse_distance": live,

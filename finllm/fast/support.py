@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 MODELS = frozenset({"llama", "mistral"})
 ROTATIONS = frozenset({"default", "linear", "llama3"})
@@ -51,6 +52,8 @@ def _unsupported_device(head: Tensor, config: Any) -> str | None:
 def _unsupported_linear(linear: Any) -> str | None:
     base = getattr(linear, "base_layer", linear)
     kind = type(base).__name__
+    if isinstance(base.weight, DTensor) or hasattr(base.weight, "ds_id"):
+        return "the processes share out its weights"
     if kind not in {"Linear", "Linear4bit"}:
         return f"weights held as {kind}"
     if kind == "Linear4bit" and (base.weight.quant_state.quant_type != "nf4" or base.weight.device.type != "cuda"):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from finllm import scoring
 from finllm.fast.engine import pinned
 from finllm.shared_prefix import IGNORED
 
@@ -55,6 +56,17 @@ class Shared:
             model.save_pretrained(str(folder), state_dict=weights)
             torch.save(self.args, folder / "training_args.bin")
         self.accelerator.wait_for_everyone()
+
+
+def gather_by_layer(model: Any) -> None:
+    """Tell ZeRO-3 to gather a decoder layer's weights at once, as FSDP does.
+
+    Else it does so for each of the twenty modules in it, and the processor's part of a step outlasts the GPU's.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, [type(scoring.base_of(model).get_decoder().layers[0])])
+    model.enable_input_require_grads()  # else the first layer's weights would be gone before its adapters' gradients
 
 
 def whole(model: Any) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Whether rows may share their common tokens on a model: asked of the model itself, once, before training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,9 @@ SHORTEST = 8
 """Tokens; to share fewer is not worth a stream."""
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.05}
 """Relative difference of hidden states; SmolLM2 has 8e-7 and 0.014, and 0.12 to 0.34 with a wrong mask or position."""
+ROUNDINGS = 4
+"""Times that rounding may be: of bf16 it is larger in deeper models (0.05 in 32 layers of random weights), of which
+streams are off by 1 to 2 times the difference between padded rows and rows alone; a wrong position by 15 to 60 times."""
 ASKED = frozenset({"llama", "mistral", "qwen2", "gemma3_text"})
 """Types of models whose streams tests/test_shared_prefix.py compares with separate rows."""
 MULTIPLE = {"cpu": 1, "cuda": 64}
@@ -50,13 +54,14 @@ def unsupported(model: Any, rows: Sequence[Row], dtype: str, *, asks: bool = Tru
     if not asks:
         kind = scoring.base_of(model).config.get_text_config().model_type
         return None if kind in ASKED else f"models of type {kind} were never asked, and this one is too large to be"
+    two = [Row(row.index, row.prompt, row.answer) for row in rows[:2]]
     try:
-        error = difference(model, [Row(row.index, row.prompt, row.answer) for row in rows[:2]], dtype)
+        error = difference(model, two, dtype)
     except (RunError, TypeError, ValueError) as problem:
         return str(problem)
-    if not error <= TOLERANCE[dtype]:
-        return f"the model computes something else on a stream than on separate rows (relative difference {error:.1e})"
-    return None
+    if error <= TOLERANCE[dtype] or error <= ROUNDINGS * rounding(model, two, dtype):
+        return None
+    return f"the model computes something else on a stream than on separate rows (relative difference {error:.1e})"
 
 
 def difference(model: Any, rows: Sequence[Row], dtype: str) -> float:
@@ -64,16 +69,37 @@ def difference(model: Any, rows: Sequence[Row], dtype: str) -> float:
 
     The model is as in training, so that dropout anywhere shows.
     """
+    with _in_training(model):
+        separate = _predicting(model, pad(rows), dtype)
+        with shared_prefix.attending(model):
+            together = _predicting(model, stream(rows), dtype)
+    return _apart(together, separate)
+
+
+def rounding(model: Any, rows: Sequence[Row], dtype: str) -> float:
+    """The same between padded rows and each row alone, which should be the same: what the arithmetic leaves open.
+
+    Dropout is off, since it would excuse any difference.
+    """
+    with _in_training(model, dropout=False):
+        padded = _predicting(model, pad(rows), dtype)
+        alone = torch.cat([_predicting(model, pad([row]), dtype) for row in rows])
+    return _apart(alone, padded)
+
+
+def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@contextmanager
+def _in_training(model: Any, *, dropout: bool = True) -> Iterator[None]:
     training = model.training
-    model.train()
+    model.train(dropout)
     try:
         with torch.no_grad():
-            separate = _predicting(model, pad(rows), dtype)
-            with shared_prefix.attending(model):
-                together = _predicting(model, stream(rows), dtype)
+            yield
     finally:
         model.train(training)
-    return float((together - separate).norm() / separate.norm())
 
 
 def _predicting(model: Any, batch: dict[str, Any], dtype: str) -> torch.Tensor:
