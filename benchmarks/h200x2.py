@@ -11,14 +11,15 @@ runs in processes of its own; what an earlier call has measured stays, and `--sy
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,18 +131,52 @@ def trained(bench: Bench, name: str, system: System) -> dict[str, Any]:
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     paces = [line["train/examples_per_s"] for line in lines if "train/examples_per_s" in line]
     peak = max(line.get("train/memory_gib", 0) for line in lines)
-    estimate = plan.memory.allocated if plan.memory else None
+    said, tokens = plan.memory, largest(plan)
+    estimate = said and said.allocated
     return {
         "strategy": plan.strategy,
         "examples_per_s": round(statistics.median(paces[2:] or paces), 1),
         "peak_gib": round(peak, 2),
         "estimate_gib": estimate and round(estimate, 2),
-        "estimate_error": estimate and round(estimate / peak - 1, 3),
+        "estimate_here_gib": said and round(estimate - said.activations * (1 - min(1, tokens / said.tokens)), 2),
+        "tokens_planned": said and said.tokens,
+        "tokens_here": tokens,
         "micro_batch": plan.micro_batch,
         "gradient_checkpointing": plan.gradient_checkpointing,
         "hand_written": plan.hand_written,
         "expected_examples_per_s": plan.pace and round(plan.pace.examples_per_s, 1),
     }
+
+
+def largest(plan: Any) -> int:
+    """Tokens of the largest micro-batch of streams that the run's steps had."""
+    from transformers import AutoTokenizer
+
+    from finllm import data
+    from finllm.prompts import Prompter
+    from finllm.training import sharing
+    from finllm.training.batches import NO_ROW, GlobalBatches, encode, stream
+
+    recipe = plan.recipe
+    parts, _ = data.training_parts(recipe.data)
+    rows = encode(parts.train, Prompter(AutoTokenizer.from_pretrained(recipe.model.name), recipe.prompt))
+    found = 0
+    for rank in range(plan.processes):
+        dealer = GlobalBatches(
+            [row.tokens for row in rows], micro_batch=plan.micro_batch, accumulation=plan.accumulation, rank=rank,
+            processes=plan.processes, seed=recipe.train.seed,
+        )  # fmt: skip
+        epochs = range(-(-plan.steps * plan.accumulation // len(dealer)))
+        passes = chain.from_iterable(_of_epoch(dealer, epoch) for epoch in epochs)
+        for batch in islice(passes, plan.steps * plan.accumulation):
+            there = [rows[row] for row in batch if row != NO_ROW]
+            found = max(found, stream(there, multiple=sharing.MULTIPLE[plan.device])["input_ids"].numel())
+    return found
+
+
+def _of_epoch(dealer: Any, epoch: int) -> Iterator[list[int]]:
+    dealer.set_epoch(epoch)
+    yield from dealer
 
 
 def by_trl(folder: Path) -> None:
@@ -198,7 +233,7 @@ def by_trl(folder: Path) -> None:
 
 
 def evaluated(bench: Bench, gpus: int) -> dict[str, Any]:
-    """Seconds in which so many processes answer validation and test part, and the answers of the base model."""
+    """Seconds in which so many processes answer validation and test part, and how far the answers lie from the others'."""
     from finllm.plan import Plan
     from finllm.predictions import of_run
 
@@ -209,7 +244,15 @@ def evaluated(bench: Bench, gpus: int) -> dict[str, Any]:
     answers = of_run(run)
     rows = {p.id: list(p.probabilities) for p in answers.predictions}
     assert len(rows) == len(answers.predictions), "a row was answered twice"
-    return {"seconds": round(answers.seconds, 3), "rows": len(rows), "answers": rows}
+    (bench.runs / f"answers-{gpus}.json").write_text(json.dumps(rows))
+    found = {"seconds": round(answers.seconds, 3), "rows": len(rows)}
+    other = bench.runs / f"answers-{3 - gpus}.json"
+    if other.is_file():
+        theirs = json.loads(other.read_text())
+        assert theirs.keys() == rows.keys(), "not the same rows"
+        pairs = (zip(rows[row], theirs[row], strict=True) for row in rows)
+        found["largest_difference"] = max(abs(a - b) for pair in pairs for a, b in pair)
+    return found
 
 
 def curve(bench: Bench, gpus: int, strategy: str) -> dict[str, Any]:
@@ -229,22 +272,20 @@ def with_ratios(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The measurements, each with its ratio to what it is to be compared with."""
     peers = {
         "ddp": "one GPU",
+        "evaluation, two GPUs": "evaluation, one GPU",
         **{name.removeprefix("TRL "): name for name in SYSTEMS if name.startswith("TRL ") and "," in name},
     }
     rows = []
     for name, row in found.items():
         peer = peers.get(name)
-        ours, theirs = row.get("examples_per_s"), found.get(peer or "", {}).get("examples_per_s")
-        rows.append({"name": name, "peer": peer, "ratio": round(ours / theirs, 2) if ours and theirs else None, **row})
-    both = [found.get(name, {}) for name in EVALUATIONS]
-    if all("seconds" in one for one in both):
-        one, two = both
-        apart = max(
-            abs(a - b) for row in one["answers"] for a, b in zip(one["answers"][row], two["answers"][row], strict=True)
-        )
-        ratio = round(one["seconds"] / two["seconds"], 2)
-        rows.append({"name": "evaluation", "peer": "evaluation, one GPU", "ratio": ratio, "largest_difference": apart})
+        speed, other = _speed(row), _speed(found.get(peer or "", {}))
+        rows.append({"name": name, "peer": peer, "ratio": round(speed / other, 2) if speed and other else None, **row})
     return rows
+
+
+def _speed(row: dict[str, Any]) -> float:
+    """Examples a second, or evaluations; 0 where neither was measured."""
+    return float(row.get("examples_per_s") or 1 / row.get("seconds", math.inf))
 
 
 def measure(bench: Bench, name: str) -> dict[str, Any]:
@@ -291,11 +332,11 @@ def main() -> None:
             found[name] = {**measure(bench, name), **common}
         except Exception as error:  # noqa: BLE001 -- the others are worth measuring, and the row says why
             found[name] = {"failed": f"{type(error).__name__}: {error}"[-3000:], **common}
-        said = {key: value for key, value in found[name].items() if key not in {"answers", *common}}
+        said = {key: value for key, value in found[name].items() if key not in common}
         print(json.dumps({"name": name, "took_s": round(time.monotonic() - began), **said}), flush=True)
         write(to, with_ratios(found))
     if to is None:
-        print(json.dumps([{k: v for k, v in row.items() if k != "answers"} for row in with_ratios(found)][-1]))
+        print(json.dumps(with_ratios(found)[-1]))
 
 
 if __name__ == "__main__":

@@ -89,6 +89,13 @@ def convert(gguf: Path, weights: str, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf, gguf_file=weights)
     read = AutoModelForCausalLM.from_pretrained(gguf, gguf_file=weights, dtype=torch.float32)
     config = read.config
+    for name in (
+        "bos",
+        "eos",
+        "pad",
+    ):  # Transformers 5.17 gives the tokenizer of a file without the right end its beginning
+        if isinstance(number := getattr(config, f"{name}_token_id", None), int):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
     del config.quantization_config  # the weights are whole again; save_pretrained refuses with the entry
     fresh = type(read)(config)
     fresh.load_state_dict(read.state_dict())

@@ -1,12 +1,13 @@
 """Explanations of labels, written by the model as JSON of a schema: batched, and cut with a proper end.
 
 The label stands already when writing begins: the scorer has chosen it. llguidance says which tokens keep the answer
-within the schema; Transformers' `generate` does the rest, in short stretches, after which rows that are done are taken
-out. What all prompts begin with is computed once.
+within the schema, while the model is still computing their scores; Transformers' `generate` does the rest, and begins
+anew without the rows that are done once they are many. What all prompts begin with is computed once.
 """
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +25,8 @@ from finllm.example import LABELS, Label
 from finllm.prompts import Prompter
 from finllm.shared_prefix import shared_length
 
-STRETCH = 16
-"""Tokens between two looks for rows that are done."""
+DONE_SHARE = 0.25
+"""Of the rows that are written together: when so many are done, the others go on without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Grammar:
         self.words = -(-known.vocab_size // 32)
         """int32 words in a mask."""
         self.executor = LLExecutor()
+        self.beside = ThreadPoolExecutor(1, thread_name_prefix="grammar")
 
 
 def _grammar() -> str:
@@ -102,28 +104,41 @@ class Allowed(LogitsProcessor):  # type: ignore[misc]  # Transformers ships no t
         self._grammar, self._rows = grammar, rows
         self._mask = torch.full((len(rows), grammar.words), -1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._bits = torch.arange(32, dtype=torch.int32, device=device)
+        self.look_ahead()
+
+    def look_ahead(self) -> None:
+        """Find the next tokens that are allowed; the model computes their scores meanwhile."""
+        self._ready: Future[None] = self._grammar.beside.submit(self._fill)
+
+    def _fill(self) -> None:
+        open_rows = [(row.matcher, place) for place, row in enumerate(self._rows) if not row.done]
+        fill_next_token_bitmask_par(self._grammar.executor, open_rows, self._mask.numpy())
 
     def __call__(self, _input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (rows, vocabulary), those of other tokens at minus infinity."""
-        open_rows = [(row.matcher, place) for place, row in enumerate(self._rows) if not row.done]
-        fill_next_token_bitmask_par(self._grammar.executor, open_rows, self._mask.numpy())
+        self._ready.result()
         words = self._mask.to(scores.device, non_blocking=True)
         allowed = ((words[:, :, None] >> self._bits) & 1).flatten(1)[:, : scores.shape[1]].bool()
         return scores.masked_fill(~allowed, float("-inf"))
 
 
 class Done(StoppingCriteria):  # type: ignore[misc]  # Transformers ships no types
-    """Takes note of each token, and ends the rows whose answers are complete."""
+    """Takes note of each token, and ends the rows whose answers are complete: all of them once those are many."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows = rows
+    def __init__(self, rows: Sequence[Row], allowed: Allowed) -> None:
+        self._rows, self._allowed = rows, allowed
 
     def __call__(self, input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
         """(rows,) bool."""
         for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
             if not row.done:
                 row.take(token)
-        return torch.tensor([row.done for row in self._rows], device=input_ids.device)
+        done = [row.done for row in self._rows]
+        if sum(done) >= DONE_SHARE * len(done):
+            done = [True] * len(done)
+        else:
+            self._allowed.look_ahead()
+        return torch.tensor(done, device=input_ids.device)
 
 
 class Explainer:
@@ -168,29 +183,27 @@ class Explainer:
         rows: list[Row],
         max_tokens: int,
     ) -> None:
-        """Write the rows of one batch to their ends, in stretches."""
+        """Write the rows of one batch to their ends."""
         ids, mask = padded(begun, shared, self._base.device)
         cache = DynamicCache(config=self._base.config)
         for layer, (keys, values) in enumerate(prefix):
             cache.update(keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1), layer)
-        for start in range(0, max_tokens, STRETCH):
-            stretch = min(STRETCH, max_tokens - start)
+        end = ids.shape[1] + max_tokens
+        while rows and ids.shape[1] < end:
+            allowed = Allowed(self.grammar, rows, ids.device)
             ids = self._base.generate(
                 ids,
                 attention_mask=mask,
                 past_key_values=cache,
-                generation_config=greedy(stretch, self._prompter.end),
-                logits_processor=[Allowed(self.grammar, rows, ids.device)],
-                stopping_criteria=[Done(rows)],
+                generation_config=greedy(end - ids.shape[1], self._prompter.end),
+                logits_processor=[allowed],
+                stopping_criteria=[Done(rows, allowed)],
             )
-            left = [place for place, row in enumerate(rows) if not row.done]
-            if not left:
-                return
             mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - mask.shape[1])], dim=1)
-            if len(left) < len(rows):
-                kept = torch.tensor(left, device=ids.device)
-                ids, mask, rows = ids[kept], mask[kept], [rows[place] for place in left]
-                cache.batch_select_indices(kept)
+            left = [place for place, row in enumerate(rows) if not row.done]
+            kept = torch.tensor(left, dtype=torch.long, device=ids.device)
+            ids, mask, rows = ids[kept], mask[kept], [rows[place] for place in left]
+            cache.batch_select_indices(kept)
 
     def _closed(self, label: Label, row: Row) -> Explained:
         text, cut = closed(label, self.grammar.tokenizer.decode_bytes(row.written))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from finllm import choices
-from finllm.holding import Setting, whole_weight_bytes
+from finllm.holding import Setting, loading_bytes
 from finllm.lengths import Batch, Lengths, instruction_tokens, largest_batch
 from finllm.memory import GIB, HAND_WRITTEN_KINDS, Estimate, estimate, scored_by_hand
 from finllm.recipe import APART, FOUR_BIT, Recipe, Strategy
@@ -164,7 +164,7 @@ def too_large_to_load(recipe: Recipe, place: Place, choice: Fit) -> bool:
     """Whether a GPU that shall hold a part of the weights has no room for all of them."""
     if place.strategy not in APART or place.shape is None or place.limit is None or place.device == "cpu":
         return False
-    return whole_weight_bytes(place.shape, setting(recipe, place, choice)) > place.limit * GIB
+    return loading_bytes(place.shape, setting(recipe, place, choice)) > place.limit * GIB
 
 
 def setting(recipe: Recipe, place: Place, choice: Fit) -> Setting:

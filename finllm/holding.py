@@ -63,6 +63,16 @@ def whole_weight_bytes(shape: Shape, how: Setting) -> float:
     return rest + _linear_bytes(how) * shape.linear_parameters + _beside(shape, how)
 
 
+def loading_bytes(shape: Shape, how: Setting) -> float:
+    """Bytes of what is there before training begins, where processes share out what each of them has loaded whole."""
+    if how.strategy not in APART:
+        return 0.0
+    factors = 0 if how.lora is None or not how.trains else 4 * lora_parameters(shape, how.lora)
+    # Accelerate keeps the whole weights until FSDP has made its parts; DeepSpeed frees each as it is divided.
+    parts = 1 / how.processes if how.strategy == "fsdp" else 0.0
+    return (1 + parts) * whole_weight_bytes(shape, how) + factors
+
+
 def gathered_bytes(shape: Shape, how: Setting) -> float:
     """Bytes of all weights as they are gathered for a pass."""
     linear = (float(how.size) if how.all_weights else _linear_bytes(how)) * shape.linear_parameters

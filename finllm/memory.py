@@ -4,7 +4,7 @@ Bytes a token and layer were derived from what autograd keeps of Transformers' L
 and agree with a count of the saved tensors to 1 % (tests/test_memory.py counts them).
 """
 
-from finllm.holding import STEP, Setting, stacks, state_bytes, targets, weight_bytes
+from finllm.holding import STEP, Setting, loading_bytes, stacks, state_bytes, targets, weight_bytes
 from finllm.lengths import Batch
 from finllm.recipe import FOUR_BIT
 from finllm.shapes import Shape
@@ -31,7 +31,7 @@ class Estimate(Spec):
     trained: float
     """Weights that are trained (or LoRA factors), their gradients, copies and optimizer states."""
     activations: float
-    """What the backward pass needs of the largest micro-batch; or a scoring batch, where that needs more."""
+    """What the backward pass needs of the largest micro-batch; or a scoring batch, or loading, where that needs more."""
     other: float
     """The device's context or the libraries, and what an allocator cannot use."""
     total: float
@@ -52,6 +52,9 @@ def estimate(shape: Shape, how: Setting, batch: Batch | None, scored: Batch, lim
     trained = state_bytes(shape, how) if how.trains else 0.0
     scoring = scoring_pass(shape, how, scored)
     passing = scoring if batch is None else max(training_pass(shape, how, batch), scoring)
+    loading = loading_bytes(shape, how)
+    if limit is None or loading <= limit * GIB:  # else it is loaded into the host's memory
+        passing = max(passing, loading - held - trained)
     base, slack = (CUDA_CONTEXT, CUDA_SLACK) if how.device == "cuda" else (CPU_BASE, CPU_SLACK)
     other = base + slack * passing
     terms = [round(term / GIB, 3) for term in (held, trained, passing, other)]

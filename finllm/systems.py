@@ -26,6 +26,8 @@ from finllm.scores import Check, Missing
 
 TIMED = 5
 """Texts that are answered alone to measure the latency."""
+STARTED = 64
+"""Texts of each process that are answered before the clock starts."""
 
 
 @dataclass
@@ -89,13 +91,14 @@ class _Asker:
         prompts = self.prompts
         rank, processes = spread.world()
         labels = [self.prompter.answers[label] for label in LABELS]
-        began = time.monotonic()
         share = -(-len(prompts) // processes)
+        engine = scoring.engine_of(model)
+        score = partial(spread.score, model, answers=labels, batch_tokens=self.plan.batch_tokens, engine=engine)
+        if engine is not None:  # what a GPU and its links do at first is not the model's pace
+            score(prompts=prompts[: STARTED * processes])
+        began = time.monotonic()
         with steps(f"scoring with the {key} model", share, "text", None if rank else self.run) as counter:
-            engine = scoring.engine_of(model)
-            rows = spread.score(
-                model, prompts, labels, batch_tokens=self.plan.batch_tokens, steps=counter, engine=engine
-            )
+            rows = score(prompts=prompts, steps=counter)
         seconds = time.monotonic() - began
         timed = [] if rank else prompts[:TIMED]
         latency = _latency([partial(self.score, model, [p], engine=engine) for p in timed])

@@ -260,9 +260,10 @@ def test_the_batch_changes_no_word(predictor: SentimentPredictor) -> None:
     assert len({one.tokens for one in alone}) > 2
     assert written(900) == alone
     assert written(100_000) == alone
-    with pytest.MonkeyPatch.context() as patch:  # rows are taken out at every third token
-        patch.setattr(explaining, "STRETCH", 3)
-        assert written(100_000) == alone
+    for share in (0.01, 2.0):  # each row is taken out as soon as it is done, or none before all are
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(explaining, "DONE_SHARE", share)
+            assert written(100_000) == alone
     with pytest.MonkeyPatch.context() as patch:  # the test would see rows that attend to padding
         right = explaining.padded
 

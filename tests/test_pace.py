@@ -9,7 +9,7 @@ import pytest
 
 from finllm.holding import Setting, lora_parameters
 from finllm.pace import Work, expected, operations, traffic
-from finllm.recipe import Lora
+from finllm.recipe import Lora, Strategy
 from finllm.shapes import Shape
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +54,15 @@ def test_what_is_sent_follows_from_the_strategy() -> None:
     assert four_bit < 0.4 * traffic(MISTRAL, setting(8, "fsdp"), 1)
 
 
+@pytest.mark.parametrize(("strategy", "measured"), [("zero2", 195.7), ("fsdp", 129.7), ("zero3", 81.4)])
+def test_two_gpus_that_share_are_as_fast_as_was_measured(strategy: Strategy, measured: float) -> None:
+    """By benchmarks/h200x2.py, on a bf16 base."""
+    pace = expected(MISTRAL, setting(2, strategy), MEASURED, gpu="NVIDIA H200", nodes=1, network_gbit=None)
+    assert pace is not None
+    assert pace.bound == "starting kernels"
+    assert pace.examples_per_s == pytest.approx(measured, rel=0.05)
+
+
 def test_a_slow_network_is_what_saturates() -> None:
     """And where nobody has said how fast it is, nothing is expected."""
     how = setting(64, "fsdp")
@@ -62,7 +71,7 @@ def test_a_slow_network_is_what_saturates() -> None:
     )
     assert fast is not None
     assert slow is not None
-    assert (fast.bound, slow.bound) == ("arithmetic", "network between nodes")
+    assert (fast.bound, slow.bound) == ("starting kernels", "network between nodes")
     received = (2 * 2 * MISTRAL.parameters + 2 * lora_parameters(MISTRAL, LORA)) * 7 / 8
     assert slow.step_seconds == pytest.approx(received / (100e9 / 8 * 0.8))
     assert expected(MISTRAL, how, MEASURED, gpu="NVIDIA H100", nodes=8, network_gbit=None) is None
