@@ -280,6 +280,11 @@ def with_ratios(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         peer = peers.get(name)
         speed, other = _speed(row), _speed(found.get(peer or "", {}))
         rows.append({"name": name, "peer": peer, "ratio": round(speed / other, 2) if speed and other else None, **row})
+    ours, theirs = (_speed(found.get(name, {})) for name in ("ddp", "TRL ddp"))
+    if ours and theirs:  # ddp has two peers
+        rows.append(
+            {**found["ddp"], "name": "ddp against TRL ddp", "peer": "TRL ddp", "ratio": round(ours / theirs, 2)}
+        )
     return rows
 
 

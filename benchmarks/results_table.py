@@ -27,7 +27,11 @@ TITLES = {
     ("tfns", "all"): "TFNS, validation tweets",
 }
 """Data set and kind of text, in the order of the table."""
-SHOWN = ("tuned", "base", "base-calibrated", "tfidf", "finbert", "finbert-tone")
+BASELINES = {
+    "tfidf": "TF-IDF + LR", "base": "zero-shot", "base-calibrated": "batch-calibrated", "finbert": "ProsusAI/finbert",
+    "finbert-tone": "finbert-tone",
+}  # fmt: skip
+"""Systems beside the tuned one, by their accuracy; those that were measured are shown."""
 BESIDE = (
     "FinBERT-FinVocab (Yang et al.)", "FinBERT (Araci)", "Llama-3.1-8B, QLoRA r=16", "Qwen2.5-1.5B-Instruct, QLoRA r=16",
     "Mistral-7B, QLoRA r=32", "roberta-large, all weights", "Llama-3-8B, QLoRA r=32", "FinGPT v3.3 (Llama-2-13B)",
@@ -38,29 +42,34 @@ BESIDE = (
 def table(results: Path) -> str:
     """Our rows, then what others have published, then what the text that this project began with says."""
     rows = json.loads((results / "headline.json").read_text(encoding="utf-8"))
-    lines = ["| texts | n | system | accuracy | macro-F1 | settings |", "| --- | ---: | --- | ---: | ---: | --- |"]
     settings = list(dict.fromkeys(_settings(row) for row in rows))
+    beside = [key for key in BASELINES if any(row["system"] == key and "accuracy" in row for row in rows)]
+    head = ["texts", "n", "trained as", "tuned: accuracy", "macro-F1", *(BASELINES[key] for key in beside)]
+    lines = [f"| {' | '.join(head)} |", f"| --- | ---: | :---: |{' ---: |' * (len(head) - 3)}"]
     for (dataset, kind), title in TITLES.items():
-        found = [r for r in rows if (r["dataset"], r.get("texts")) == (dataset, kind) and r["system"] in SHOWN]
-        # Several models on the same texts share their baselines.
-        told = {(r["name"], _settings(r) if r["system"] == "tuned" else ""): r for r in found}
-        for number, row in enumerate(sorted(told.values(), key=lambda r: SHOWN.index(r["system"]))):
-            mark = str(settings.index(_settings(row)) + 1) if row["system"] == "tuned" else ""
-            lines.append(_line(title if number == 0 else "", row, mark))
+        shown = title
+        for number, setting in enumerate(settings, 1):
+            found = {
+                row["system"]: row
+                for row in rows
+                if (row["dataset"], row.get("texts")) == (dataset, kind) and _settings(row) == setting
+            }
+            if "tuned" not in found:
+                continue
+            tuned = found["tuned"]
+            cells = [shown, str(tuned["n"]) if shown else "", str(number)]
+            cells += [_figure(tuned["accuracy"]), _figure(tuned["macro_f1"])]
+            cells += [_figure(found.get(key, {}).get("accuracy")) + _seen(found.get(key, {})) for key in beside]
+            lines.append(f"| {' | '.join(cells)} |")
+            shown = ""
     notes = [f"{number}. {said}." for number, said in enumerate(settings, 1)]
+    if any("†" in line for line in lines):
+        notes += ["", "† Has seen texts of this data."]
     return "\n".join([*lines, "", *notes, "", *_others()])
 
 
-def _line(title: str, row: dict[str, Any], mark: str) -> str:
-    seen = " †" if any(m.startswith("has seen") for m in row.get("marks", ())) else ""
-    cells = [
-        title,
-        str(row["n"]) if title else "",
-        row["name"] + seen,
-        _figure(row.get("accuracy")),
-        _figure(row.get("macro_f1")),
-    ]
-    return "| " + " | ".join([*cells, mark]) + " |"
+def _seen(row: dict[str, Any]) -> str:
+    return " †" if any(mark.startswith("has seen") for mark in row.get("marks", ())) else ""
 
 
 def _figure(of: dict[str, float] | None) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
-HEAD = ("where", "what", "examples/s", "peak GiB", "against", "times as fast", "limit")
+HEAD = ("where", "what", "examples/s", "peak GiB", "against: its examples/s", "times as fast", "limit")
 
 
 def share(value: float) -> str:
@@ -26,14 +26,14 @@ def times(value: float) -> str:
     return f"{number(value)} times"
 
 
-FILES = {
+FILES: dict[str, tuple[str, Callable[[float], str]]] = {
     "h200_sft.json": ("{gpu}, training", share),
     "h200_dpo.json": ("{gpu}, DPO, pairs", share),
     "h200_scoring.json": ("{gpu}, scoring", share),
+    "h200x2.json": ("2 x {gpu}, training", share),
     "cpu.json": ("CPU", times),
 }
 """What was measured, and what a row's `limit_ratio` means there."""
-SPEEDS = ("examples_per_s", "pairs_per_s")
 
 
 def table(results: Path) -> str:
@@ -41,18 +41,34 @@ def table(results: Path) -> str:
     lines = ["| " + " | ".join(HEAD) + " |", "| --- | --- | ---: | ---: | --- | ---: | ---: |"]
     for name, (where, told) in FILES.items():
         if (results / name).is_file():
-            rows = json.loads((results / name).read_text(encoding="utf-8"))
-            lines += [line(row, where, told) for row in rows if any(row.get(speed) for speed in SPEEDS)]
+            lines += of_file(json.loads((results / name).read_text(encoding="utf-8")), where, told)
     return "\n".join(lines)
 
 
-def line(row: dict[str, Any], where: str, told: Callable[[float], str]) -> str:
-    ratio = "" if row["ratio"] is None else number(row["ratio"])
-    limit = "" if row["limit_ratio"] is None else told(row["limit_ratio"])
-    speed = next(row[speed] for speed in SPEEDS if row.get(speed))
-    peak = "" if row["peak_gib"] is None else number(row["peak_gib"])
-    cells = [where.format(gpu=gpu(row)), row["name"], number(speed), peak, row["peer"] or ""]
-    return "| " + " | ".join([*cells, ratio, limit]) + " |"
+def of_file(rows: list[dict[str, Any]], where: str, told: Callable[[float], str]) -> list[str]:
+    """Its rows; a peer stands in the row that is compared with it, and a row with `against` in its name for one without."""
+    speeds = {row["name"]: speed(row) for row in rows if speed(row)}
+    peers = {row.get("peer") for row in rows} | {
+        row["name"].partition(" against ")[0] for row in rows if " against " in row["name"]
+    }
+    return [
+        line(row, where, told, speeds) for row in rows if speed(row) and (row["name"] not in peers or row.get("ratio"))
+    ]
+
+
+def speed(row: dict[str, Any]) -> float:
+    """Examples or pairs a second; 0 where nothing of the kind was measured."""
+    return float(row.get("examples_per_s") or row.get("pairs_per_s") or 0)
+
+
+def line(row: dict[str, Any], where: str, told: Callable[[float], str], speeds: dict[str, float]) -> str:
+    ratio = number(row["ratio"]) if row.get("ratio") else ""
+    limit = told(row["limit_ratio"]) if row.get("limit_ratio") else ""
+    peak = number(row["peak_gib"]) if row.get("peak_gib") else ""
+    peer = row["peer"] if row.get("ratio") else ""
+    against = f"{peer}: {number(speeds[peer])}" if peer in speeds else peer
+    name = row["name"].partition(" against ")[0]
+    return "| " + " | ".join([where.format(gpu=gpu(row)), name, number(speed(row)), peak, against, ratio, limit]) + " |"
 
 
 def gpu(row: dict[str, Any]) -> str:
