@@ -64,7 +64,8 @@ def _held_out_by(run: Run, data: Sequence[DatasetSpec]) -> tuple[str, tuple[int,
     folded = [(spec, own.title) for spec, own in zip(specs, data, strict=False) if spec.get("fold")]
     if len(folded) != 1:
         raise DataError(f"{run.folder}: held out no fold of one data set, so that it has seen what it would judge")
-    if [_rows_of(spec) for spec in specs] != [_rows_of(spec.model_dump(mode="json")) for spec in data]:
+    # The recipe may have data sets of its own behind those of the folds.
+    if [_rows_of(spec) for spec in specs] != [_rows_of(spec.model_dump(mode="json")) for spec in data[: len(specs)]]:
         raise DataError(f"{run.folder}: was made from other data than this recipe's, or another split; sweep anew")
     spec, title = folded[0]
     return title, numbers(str(spec["fold"]))
