@@ -1,5 +1,5 @@
 # What up, down and node share: the places of a cluster, and its processes. Read by them, not run.
-NODES=(node1 node2 node3 node4)
+NODES=(node1 node2 node3 node4 node5 node6)
 ACCOUNTING=yes
 
 # Sets BASE, NAME and PORT from the environment and --no-accounting. A cluster keeps the name it was born with;

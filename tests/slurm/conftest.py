@@ -89,18 +89,27 @@ class Cluster:
         file = self.conf.parent / "state" / "job_state"
         assert wait_until(lambda: file.is_file() and mark.encode() in file.read_bytes()), f"{file} lacks job {job}"
 
-    def processes(self) -> dict[int, str]:
-        """Process id and command line of what this cluster's jobs have started and that lives."""
-        mark = f"SLURM_CLUSTER_NAME={self.name}".encode()
+    def processes(self, *variables: str) -> dict[int, str]:
+        """Process id and command line of what this cluster's jobs have started and that lives.
+
+        Given NAME=VALUE, only those that have it in their environment.
+        """
+        marks = {variable.encode() for variable in (f"SLURM_CLUSTER_NAME={self.name}", *variables)}
         found = {}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 environment = (entry / "environ").read_bytes().split(b"\0")
             except OSError:  # it has just ended
                 continue
-            if mark in environment and (command := command_of(int(entry.name))):
+            if marks.issubset(environment) and (command := command_of(int(entry.name))):
                 found[int(entry.name)] = command
         return found
+
+    def orphans(self) -> dict[int, str]:
+        """Those of its processes whose job has left the queue."""
+        before = self.processes()
+        alive = [self.processes(f"SLURM_JOB_ID={job}") for job in self.ask("squeue", "-h", "-o", "%A").split()]
+        return {pid: command for pid, command in before.items() if not any(pid in mine for mine in alive)}
 
     def clear(self) -> dict[int, str]:
         """Ends all jobs, and returns the processes that outlive them, which it then kills."""
