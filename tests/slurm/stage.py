@@ -30,7 +30,7 @@ class Stage:
                 self._playing[begun] = begun(self._given)
             for each in list(self._playing):
                 self._go_on(each)
-            time.sleep(0.2)
+            time.sleep(0.5)
         if (error := self._over[scene]) is not None:
             raise error
 
