@@ -214,16 +214,24 @@ def test_log_probabilities_are_those_of_plain_forward_passes(adapted: bool) -> N
             assert torch.allclose(score, logits.log_softmax(-1)[[5, 7, 90]], atol=1e-5)
 
 
+def divided() -> Any:
+    """As ZeRO-3 marks weights of which each process has a part."""
+    made = model()
+    made.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight.ds_id = 7
+    return made
+
+
 @pytest.mark.parametrize(
     ("made", "said"),
     [
+        (divided, "the processes share out its weights"),
         (lambda: model(lora_dropout=0.1), "dropout"),
         (lambda: model(use_dora=True), "DoRA"),
         (lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES)), "models of type qwen2"),
         (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)), "weights other than LoRA factors"),
         (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, attention_bias=True)).requires_grad_(False), "biases"),
     ],
-    ids=["dropout", "DoRA", "another architecture", "full fine-tuning", "biases"],
+    ids=["divided", "dropout", "DoRA", "another architecture", "full fine-tuning", "biases"],
 )
 def test_what_the_passes_cannot_compute_is_refused(made: Any, said: str) -> None:
     with pytest.raises(RunError, match=said):

@@ -1,6 +1,7 @@
 """The estimate of memory: against what autograd really keeps, against measured peaks, and the shapes and lengths below."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from finllm import data, memory, shapes
 from finllm.data.sample import Sample
 from finllm.example import Example
-from finllm.holding import Setting, lora_parameters, state_bytes, weight_bytes
+from finllm.holding import Setting, loading_bytes, lora_parameters, state_bytes, weight_bytes
 from finllm.lengths import Batch, Lengths, largest_batch, lengths_of, pieces
 from finllm.machine import Machine
 from finllm.memory import GIB, estimate, kept_by_autograd, kept_by_hand, scoring_pass, training_pass
@@ -257,6 +258,32 @@ def test_the_estimate_is_near_measured_peaks(how: Setting, batch: Batch, peak: f
     assert found.allocated == pytest.approx(peak, rel=0.15)
 
 
+BF16 = Setting("cuda", "bf16", lora=LORA, processes=2)
+SHARED_OUT = {
+    "fsdp, bf16": replace(BF16, strategy="fsdp"),
+    "fsdp, NF4": replace(BF16, strategy="fsdp", quantization="nf4", checkpointing=True),
+    "zero2, bf16": replace(BF16, strategy="zero2"),
+    "zero3, bf16": replace(BF16, strategy="zero3"),
+    "ddp, NF4": replace(BF16, strategy="ddp", quantization="nf4", checkpointing=True, hand_written=True),
+    "zero2, 1B, all weights": replace(BF16, strategy="zero2", lora=None),
+}
+
+
+@pytest.mark.parametrize("name", SHARED_OUT)
+def test_the_estimate_is_near_the_peaks_on_two_gpus(name: str) -> None:
+    """Of benchmarks/h200x2.py, for the tokens that its steps had; under fsdp the peak is loading."""
+    rows = json.loads((Path(__file__).parents[1] / "benchmarks/results/h200x2.json").read_text())
+    row = next(row for row in rows if row["name"] == name)
+    shape = replace(MISTRAL, vocabulary=49_152)
+    if "1B" in name:
+        shape = replace(shape, hidden=2048, intermediate=8192, layers=16, head_size=64)
+    how = SHARED_OUT[name]
+    found = estimate(shape, how, _stream(32, 26, row["tokens_here"]), _stream(224, 26, 8222))
+    assert found.allocated == pytest.approx(row["peak_gib"], rel=0.15)
+    loading = loading_bytes(shape, how) / GIB
+    assert (loading == pytest.approx(found.allocated, rel=1e-3)) == (how.strategy == "fsdp")
+
+
 def test_weights_in_four_bits_take_what_the_paper_says() -> None:
     """0.127 bits for a weight's scales with double quantisation, 0.5 without (arXiv 2305.14314, section 3)."""
     bits = [
@@ -380,3 +407,14 @@ def test_the_shape_of_the_embedded_model_is_that_of_its_folder() -> None:
 
     config = json.loads((embedded.folder() / "config.json").read_text())
     assert from_config(config) == shapes._SMOLLM2_135M
+
+
+def test_the_embedded_model_ends_its_answers_as_its_configuration_says() -> None:
+    """Transformers 5.17 makes the beginning of its file's tokenizer the end, too."""
+    from transformers import AutoTokenizer
+
+    from finllm import embedded
+
+    config = json.loads((embedded.folder() / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(embedded.folder())
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (config["bos_token_id"], config["eos_token_id"])

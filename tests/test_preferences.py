@@ -139,6 +139,14 @@ def test_predictions_that_are_not_honest_are_refused(made: dict[str, Any], said:
         preferences.read([spec], PARTS, [SPEC])
 
 
+def test_the_recipe_may_have_data_of_its_own_behind_that_of_the_folds(tmp_path: Path) -> None:
+    spec = Folds(name="folds", sweep=sweep_of(tmp_path))
+    other = Sample(name="sample", alias="other", kind="mixed")
+    assert preferences.read([spec], PARTS, [SPEC, other]) == preferences.read([spec], PARTS, [SPEC])
+    with pytest.raises(DataError, match=r"held out no fold|other data than this recipe's"):
+        preferences.read([spec], PARTS, [other, SPEC])
+
+
 def test_a_sweep_must_hold_every_fold(tmp_path: Path) -> None:
     folder = sweep_of(tmp_path)
     whole = Sweep.of(folder)

@@ -306,6 +306,26 @@ def test_models_that_can_share_pass_the_check(name: str, dtype: str) -> None:
     assert not made.training
 
 
+def test_rounding_is_no_reason_not_to_share_but_a_wrong_position_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a model so deep that bf16 rounds more than the fixed limit allows."""
+    monkeypatch.setitem(sharing.TOLERANCE, "bf16", 0.0)
+    torch.manual_seed(0)
+    wide = {**SIZES, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "head_dim": 64}
+    made = hf.AutoModelForCausalLM.from_config(hf.LlamaConfig(**wide))
+    batch = [Row(i, [*range(20, 40), *range(50, 70 + 9 * i)], [7 + i, 2]) for i in range(2)]
+    assert 0 < sharing.rounding(made, batch, "bf16") < 0.05
+    assert sharing.unsupported(made, batch, "bf16") is None
+
+    def in_a_row(given: Any) -> dict[str, Any]:
+        whole = stream(given)
+        return {**whole, "position_ids": torch.arange(whole["input_ids"].shape[1])[None]}
+
+    monkeypatch.setattr(sharing, "stream", in_a_row)
+    why = sharing.unsupported(made, batch, "bf16")
+    assert why is not None
+    assert "something else on a stream" in why
+
+
 def test_models_that_cannot_share_are_found_out() -> None:
     """Each says why: dropout in attention or elsewhere, attention with sinks, no interface, too little in common."""
     small = {**SIZES, "num_hidden_layers": 1}
