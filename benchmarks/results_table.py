@@ -84,8 +84,9 @@ def _settings(row: dict[str, Any]) -> str:
     recipe = Path(row["recipe"])
     name = f"`{recipe.parent.name}/{recipe.stem}`"
     changed = f" with {', '.join(changes)}" if changes else ""
+    data = "PhraseBank, FiQA and TFNS" if row["trained_on"] == "all" else row["trained_on"]
     return (
-        f"{row['model']}, {name}{changed}, trained on {row['trained_on']}; seeds {', '.join(row['seeds'])}; "
+        f"{row['model']}, {name}{changed}, trained on {data}; seeds {', '.join(row['seeds'])}; "
         f"{row['hardware']}, {row['date']}; interval: {row['interval']}"
     )
 
