@@ -19,7 +19,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,12 @@ SYSTEMS = {
 EVALUATIONS = {"evaluation, one GPU": 1, "evaluation, two GPUs": 2}
 CURVES = {"losses, one GPU": (1, "single"), **{f"losses, {s}": (2, s) for s in ("ddp", "fsdp", "zero2", "zero3")}}
 """The small model on real data, so that its losses fall."""
+PEERS = {
+    "ddp": ("one GPU", "TRL ddp"),
+    "evaluation, two GPUs": ("evaluation, one GPU",),
+    **{name.removeprefix("TRL "): (name,) for name in SYSTEMS if name.startswith("TRL ") and "," in name},
+}
+"""What each is compared with."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ def trained(bench: Bench, name: str, system: System) -> dict[str, Any]:
     if system.trl:
         command = list(plan.commands["train"])
         at = command.index("-m", command.index("launch"))
-        child = [*command[:at], __file__, "--child", str(run.folder), "--weights", str(bench.weights)]
+        child = [*command[:at], str(Path(__file__).with_name("h200x2_trl.py")), str(run.folder)]
         answer = bench.run(child, system.gpus)
         return json.loads(next(line for line in answer.splitlines() if line.startswith("RESULT "))[7:])
     bench.run(plan.commands["train"], system.gpus)
@@ -179,59 +185,6 @@ def _of_epoch(dealer: Any, epoch: int) -> Iterator[list[int]]:
     yield from dealer
 
 
-def by_trl(folder: Path) -> None:
-    """One process of TRL's trainer on a bf16 base, without checkpointing, with the run's recipe and micro-batch."""
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    from finllm import data, distributed, models
-    from finllm.plan import Plan
-    from finllm.prompts import Prompter
-    from finllm.run import Run
-
-    processes = distributed.processes()
-    plan = Plan.of(Run(folder))
-    parts, _ = data.training_parts(plan.recipe.data)
-    on_cpu = plan.device == "cpu"
-    device = models.device_of(plan.device, processes.local_process_index)
-    loaded = models.load(plan.recipe.model, dtype=plan.dtype, device=device)  # before TRL tells Transformers of ZeRO-3
-    settings = SFTConfig(
-        output_dir=str(folder / "trl"), save_strategy="no", report_to=[], logging_steps=1000, learning_rate=2e-4,
-        per_device_train_batch_size=EACH, max_steps=plan.steps, bf16=not on_cpu, gradient_checkpointing=False,
-        use_cpu=on_cpu and plan.strategy in ("ddp", "fsdp"), ddp_backend="gloo" if on_cpu else None,
-        optim="adamw_torch", disable_tqdm=True,
-    )  # fmt: skip
-    prompter = Prompter(loaded.tokenizer, plan.recipe.prompt)
-    loaded.tokenizer.pad_token = loaded.tokenizer.pad_token or loaded.tokenizer.eos_token
-    times: list[float] = []
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times.append(time.monotonic())
-
-    trainer = SFTTrainer(
-        model=loaded.model,
-        args=settings,
-        train_dataset=Dataset.from_list(
-            [{"prompt": prompter.string(e.text), "completion": f" {e.label}"} for e in parts.train]
-        ),
-        processing_class=loaded.tokenizer,
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[Clock()],
-    )
-    trainer.train()
-    if processes.is_main_process:
-        steps = [after - before for before, after in pairwise(times[len(times) // 4 :])]
-        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-        pace = EACH * processes.num_processes / statistics.mean(steps)
-        print("RESULT " + json.dumps({"examples_per_s": round(pace, 1), "peak_gib": round(peak, 2)}), flush=True)
-
-
 def evaluated(bench: Bench, gpus: int) -> dict[str, Any]:
     """Seconds in which so many processes answer validation and test part, and how far the answers lie from the others'."""
     from finllm.plan import Plan
@@ -270,21 +223,17 @@ def curve(bench: Bench, gpus: int, strategy: str) -> dict[str, Any]:
 
 def with_ratios(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The measurements, each with its ratio to what it is to be compared with."""
-    peers = {
-        "ddp": "one GPU",
-        "evaluation, two GPUs": "evaluation, one GPU",
-        **{name.removeprefix("TRL "): name for name in SYSTEMS if name.startswith("TRL ") and "," in name},
-    }
     rows = []
     for name, row in found.items():
-        peer = peers.get(name)
-        speed, other = _speed(row), _speed(found.get(peer or "", {}))
-        rows.append({"name": name, "peer": peer, "ratio": round(speed / other, 2) if speed and other else None, **row})
-    ours, theirs = (_speed(found.get(name, {})) for name in ("ddp", "TRL ddp"))
-    if ours and theirs:  # ddp has two peers
-        rows.append(
-            {**found["ddp"], "name": "ddp against TRL ddp", "peer": "TRL ddp", "ratio": round(ours / theirs, 2)}
-        )
+        told = False
+        for peer in PEERS.get(name, ()):
+            speed, other = _speed(row), _speed(found.get(peer, {}))
+            if speed and other:
+                shown = f"{name} against {peer}" if told else name
+                rows.append({"name": shown, "peer": peer, "ratio": round(speed / other, 2), **row})
+                told = True
+        if not told:
+            rows.append({"name": name, "peer": None, "ratio": None, **row})
     return rows
 
 
@@ -312,11 +261,7 @@ def main() -> None:
     parser.add_argument(
         "--tiny", action="store_true", help="two layers, on two CPU processes; writes no results by itself"
     )
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.child:
-        by_trl(asked.child)
-        return
     to = results(asked.results, "h200x2.json", tiny=asked.tiny)
     small = asked.weights.with_name(f"{asked.weights.name}-1b")
     for folder, shape in ((asked.weights, SHAPE), (small, ONE_B)):
@@ -327,7 +272,12 @@ def main() -> None:
     real = str(asked.weights) if asked.tiny else asked.real
     bench = Bench(asked.weights.absolute(), small.absolute(), real, asked.runs, asked.timeout, asked.tiny)
     earlier = json.loads(to.read_text()) if to and to.is_file() else []
-    found = {row["name"]: row for row in earlier if row["name"] in names}
+    derived = {"name", "peer", "ratio"}
+    found = {
+        row["name"]: {key: value for key, value in row.items() if key not in derived}
+        for row in earlier
+        if row["name"] in names
+    }
     common = conditions(
         note=f"random weights but for the losses; {EACH} examples a GPU and step; validation at the end"
     )

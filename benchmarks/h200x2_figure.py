@@ -7,6 +7,8 @@ import argparse
 import json
 from pathlib import Path
 
+import panels
+
 ROOT = Path(__file__).parent.parent
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito: told apart without colour vision
 STYLES = ("-", "--", "-.", ":", (0, (1, 2)))
@@ -15,34 +17,18 @@ HEAD = "losses, "
 
 def draw(curves: dict[str, dict[str, float]], target: Path) -> None:
     """A curve for each strategy (nats a token), and below the distance of each from one GPU."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "finllm"  # the same figure is the same file
-    from matplotlib import pyplot as plt
-
-    figure, (above, below) = plt.subplots(
-        2, 1, sharex=True, figsize=(7, 5.2), height_ratios=[3, 2], layout="constrained"
-    )
     alone = curves["one GPU"]
-    for (name, losses), colour, style in zip(curves.items(), COLOURS, STYLES, strict=False):
-        steps = [int(step) for step in losses]
-        look = {"color": colour, "linestyle": style, "linewidth": 1.5}
-        above.plot(steps, list(losses.values()), label=name, **look)
-        if losses is not alone:
-            below.plot(steps, [loss - alone[step] for step, loss in losses.items()], **look)
-    above.set_yscale("log")
-    above.set_yticks([0.2, 0.5, 1, 2, 5], labels=["0.2", "0.5", "1", "2", "5"])
-    above.minorticks_off()
-    above.set_ylabel("training loss (nats a token)")
-    above.legend(frameon=False)
-    below.axhline(0, color="#555555", linewidth=0.8)
-    below.set_ylabel("less one GPU's")
-    below.set_xlabel("optimizer step of 32 sentences")
-    for axes in (above, below):
-        axes.spines[["top", "right"]].set_visible(False)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, metadata={"Date": None})
+    with panels.losses(target, size=(7, 5.2), heights=(3, 2), steps_of="32 sentences") as (above, below):
+        for (name, losses), colour, style in zip(curves.items(), COLOURS, STYLES, strict=False):
+            steps = [int(step) for step in losses]
+            look = {"color": colour, "linestyle": style, "linewidth": 1.5}
+            above.plot(steps, list(losses.values()), label=name, **look)
+            if losses is not alone:
+                below.plot(steps, [loss - alone[step] for step, loss in losses.items()], **look)
+        above.set_yscale("log")
+        above.set_yticks([0.2, 0.5, 1, 2, 5], labels=["0.2", "0.5", "1", "2", "5"])
+        above.minorticks_off()
+        below.set_ylabel("less one GPU's")
 
 
 def main() -> None:

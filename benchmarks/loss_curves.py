@@ -12,8 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import panels
+
 ROOT = Path(__file__).parent.parent
-BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#555555"  # Okabe and Ito: told apart without colour vision
+BLUE, ORANGE = "#0072B2", "#E69F00"  # Okabe and Ito: told apart without colour vision
 
 
 def losses(steps: int, sentences: int) -> dict[str, list[float]]:
@@ -46,31 +48,15 @@ def logged(trainer: Any) -> list[float]:
 
 def draw(found: dict[str, list[float]], target: Path) -> None:
     """Both curves, and below them their difference."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "finllm"  # the same figure is the same file
-    from matplotlib import pyplot as plt
-
     steps = range(1, len(found["trl"]) + 1)
-    figure, (above, below) = plt.subplots(
-        2, 1, sharex=True, figsize=(7, 4.6), height_ratios=[3, 1], layout="constrained"
-    )
-    above.plot(steps, found["trl"], color=ORANGE, linewidth=5, alpha=0.6, label="TRL's trainer and collator")
-    above.plot(steps, found["finllm"], color=BLUE, linewidth=1.5, linestyle="--", label="FinLLM, shared prefix")
-    above.set_ylabel("training loss (nats a token)")
-    above.set_ylim(bottom=0)
-    above.legend(frameon=False)
-    differences = [ours - trl for ours, trl in zip(found["finllm"], found["trl"], strict=True)]
-    below.axhline(0, color=GREY, linewidth=0.8)
-    below.plot(steps, differences, color=BLUE, marker=".", linewidth=1)
-    below.set_ylabel("FinLLM - TRL")
-    below.set_xlabel("optimizer step of 16 sentences")
-    below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-    for axes in (above, below):
-        axes.spines[["top", "right"]].set_visible(False)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, metadata={"Date": None})
+    with panels.losses(target, size=(7, 4.6), heights=(3, 1), steps_of="16 sentences") as (above, below):
+        above.plot(steps, found["trl"], color=ORANGE, linewidth=5, alpha=0.6, label="TRL's trainer and collator")
+        above.plot(steps, found["finllm"], color=BLUE, linewidth=1.5, linestyle="--", label="FinLLM, shared prefix")
+        above.set_ylim(bottom=0)
+        differences = [ours - trl for ours, trl in zip(found["finllm"], found["trl"], strict=True)]
+        below.plot(steps, differences, color=BLUE, marker=".", linewidth=1)
+        below.set_ylabel("FinLLM - TRL")
+        below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
 
 
 def main() -> None:

@@ -141,7 +141,7 @@ def quiet_libraries() -> None:
     """Silence what libraries say of themselves and a user can do nothing about; call it before they are imported."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its faster CPU kernels come from the hub, or not
     # DeepSpeed, which TRL imports wherever it is installed, tells stdout that there is no GPU; the plan has said so.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+    logging.getLogger("DeepSpeed").addFilter(_tells_something)
     # Transformers 5.23 renamed gradient checkpointing; 5.17 does not know the new name.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated", category=FutureWarning)
     # bitsandbytes tells of a cast that LLM.int8() makes on purpose, once a layer.
@@ -150,6 +150,10 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def _tells_something(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in record.getMessage()
 
 
 def with_adapter(model: Any, lora: Lora, seed: int) -> Any:
