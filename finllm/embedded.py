@@ -89,11 +89,8 @@ def convert(gguf: Path, weights: str, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf, gguf_file=weights)
     read = AutoModelForCausalLM.from_pretrained(gguf, gguf_file=weights, dtype=torch.float32)
     config = read.config
-    for name in (
-        "bos",
-        "eos",
-        "pad",
-    ):  # Transformers 5.17 gives the tokenizer of a file without the right end its beginning
+    # Transformers 5.17 makes the beginning of a file's tokenizer the end, too.
+    for name in ("bos", "eos", "pad"):
         if isinstance(number := getattr(config, f"{name}_token_id", None), int):
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
     del config.quantization_config  # the weights are whole again; save_pretrained refuses with the entry
