@@ -130,7 +130,6 @@ def scored(plan: Any) -> int:
     prompter = Prompter(loaded.tokenizer, plan.recipe.prompt)
     examples = data.read_parts(plan.recipe.data).train[: 64 if plan.device == "cpu" else None]
     prompts = [p.ids for p in prompter.render([e.text for e in examples], [e.target for e in examples])]
-    loaded.model.requires_grad_(requires_grad=False)
     answers = [prompter.answers[label] for label in LABELS]
     scoring.score(loaded.model, prompts, answers, batch_tokens=plan.batch_tokens)
     tokens: int = plan.memory.tokens

@@ -5,8 +5,9 @@
 
 Data are PhraseBank's training texts; LoRA has rank 16 on all linear layers, and each GPU 32 examples a step. Measured are
 examples/s of all GPUs in the steady state, the first GPU's peak beside the plan's estimate of it (without `other`), the
-seconds of an evaluation by one and by two processes, and the losses of a small model under every strategy. Each system
-runs in processes of its own; what an earlier call has measured stays, and `--systems` does some of it again.
+seconds of an evaluation by one and by two processes (PhraseBank and TFNS, all but the training parts), and the losses of a
+small model under every strategy. Each system runs in processes of its own; what an earlier call has measured stays, and
+`--systems` does some of it again.
 """
 
 import argparse
@@ -46,6 +47,8 @@ class System:
     trl: bool = False
     small: bool = False
     """On the 1B shape."""
+    by_hosts: bool = False
+    """Weights are read into the hosts' memory, as those of a model that no GPU holds."""
     steps: int = 24
     """The faster the system, the more of them, since the first ones are not its pace."""
 
@@ -60,6 +63,8 @@ SYSTEMS = {
     "TRL zero2, bf16": System(2, "zero2", BF16, trl=True),
     "zero3, bf16": System(2, "zero3", BF16),
     "TRL zero3, bf16": System(2, "zero3", BF16, trl=True),
+    "fsdp, bf16, read by hosts": System(2, "fsdp", BF16, by_hosts=True),
+    "zero3, bf16, read by hosts": System(2, "zero3", BF16, by_hosts=True),
     "ddp, NF4": System(2, "ddp", NF4),
     "fsdp, NF4": System(2, "fsdp", NF4),
     "zero3, NF4": System(2, "zero3", NF4),
@@ -73,6 +78,7 @@ PEERS = {
     "ddp": ("one GPU", "TRL ddp"),
     "evaluation, two GPUs": ("evaluation, one GPU",),
     **{name.removeprefix("TRL "): (name,) for name in SYSTEMS if name.startswith("TRL ") and "," in name},
+    **{name: (name.removesuffix(", read by hosts"),) for name in SYSTEMS if name.endswith("by hosts")},
 }
 """What each is compared with."""
 
@@ -127,6 +133,9 @@ def trained(bench: Bench, name: str, system: System) -> dict[str, Any]:
     slug = "".join(c if c.isalnum() else "-" for c in name)
     run = bench.prepared(slug, model, system.gpus, system.strategy, (*system.overrides, steps))
     plan = Plan.of(run)
+    if system.by_hosts:
+        plan = plan.model_copy(update={"loads_on_host": True})
+        plan.save(run)
     if system.trl:
         command = list(plan.commands["train"])
         at = command.index("-m", command.index("launch"))
@@ -137,7 +146,7 @@ def trained(bench: Bench, name: str, system: System) -> dict[str, Any]:
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     paces = [line["train/examples_per_s"] for line in lines if "train/examples_per_s" in line]
     peak = max(line.get("train/memory_gib", 0) for line in lines)
-    said, tokens = plan.memory, largest(plan)
+    said, tokens = None if system.by_hosts else plan.memory, largest(plan)  # those were planned for GPUs that read them
     estimate = said and said.allocated
     return {
         "strategy": plan.strategy,
@@ -190,7 +199,12 @@ def evaluated(bench: Bench, gpus: int) -> dict[str, Any]:
     from finllm.plan import Plan
     from finllm.predictions import of_run
 
-    zero_shot = ("train=null", "evaluation.baselines=[]", "evaluation.batch_calibration=false")
+    zero_shot = (
+        "train=null",
+        "data=[phrasebank, tfns]",
+        "evaluation.baselines=[]",
+        "evaluation.batch_calibration=false",
+    )
     run = bench.prepared(f"evaluation-{gpus}", str(bench.weights), gpus, "auto", zero_shot)
     Plan.of(run).evaluated_by(gpus, run).save(run)
     bench.run(Plan.of(run).commands["evaluate"], gpus)

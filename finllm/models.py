@@ -69,7 +69,7 @@ def load(
     apart: bool = False,
     run: Run | None = None,
 ) -> Loaded:
-    """The base model in the form the recipe asks for; raises RunError where it cannot be had.
+    """The base model in the form the recipe asks for, frozen; raises RunError where it cannot be had.
 
     `dequantize` turns 4-bit weights back into `dtype` once, instead of in every pass: the same values, so the same
     function, for more memory and less time. Weights that shall be taken `apart` are stored as numbers that FSDP and
@@ -96,7 +96,7 @@ def load(
         raise RunError(_why_not(spec, error)) from error
     if dequantize and spec.quantization in FOUR_BIT:
         model.dequantize()
-    return Loaded(model.eval(), tokenizer)
+    return Loaded(model.eval().requires_grad_(requires_grad=False), tokenizer)
 
 
 def _fetching(spec: Model, place: str, run: Run | None) -> AbstractContextManager[None]:
@@ -183,7 +183,7 @@ def trainable(model: Any, lora: Lora | None, seed: int, init: Path | None = None
         from peft import PeftModel
 
         return PeftModel.from_pretrained(model, str(init), is_trainable=True)
-    return with_adapter(model, lora, seed) if lora else model
+    return with_adapter(model, lora, seed) if lora else model.requires_grad_(requires_grad=True)
 
 
 def attach(model: Any, folder: Path) -> Any:

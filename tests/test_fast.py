@@ -1,16 +1,21 @@
 """The hand-written passes compute what the model computes by itself: loss, every gradient, scores."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
+from finllm import models, scoring
 from finllm.errors import RunError
 from finllm.fast import passes, streams, weights
 from finllm.fast.engine import Engine
+from finllm.fast.support import unsupported
+from finllm.recipe import Model
 from finllm.shared_prefix import IGNORED
 from finllm.training.batches import Row, pad
 
@@ -245,3 +250,14 @@ def test_scores_do_not_depend_on_the_size_of_a_batch() -> None:
     parts = engine.log_probabilities(prompts, [(5,), (7,)], batch_tokens=40)
     assert whole.shape == (7, 2)
     assert abs(whole - parts).max() < 1e-5
+
+
+def test_a_base_without_an_adapter_is_scored_by_hand_too(tiny_model: Path) -> None:
+    """Nothing of what is loaded is trained until `trainable` says so; else zero-shot scoring would be the slow one."""
+    base = models.load(Model(name=str(tiny_model)), dtype="fp32", device="cpu").model
+    assert unsupported(base) is None
+    prompts, answers = [[*range(9), 20], [*range(9), 30, 31], [*range(9), 40, 41, 42]], [(5,), (6,), (7,)]
+    own = scoring.score(base, prompts, answers, batch_tokens=1000)
+    found = Engine(base).log_probabilities(prompts, answers, batch_tokens=1000)
+    np.testing.assert_allclose(found, own, rtol=0, atol=1e-5)
+    assert unsupported(models.trainable(base, None, 0)) == "weights other than LoRA factors are trained"
