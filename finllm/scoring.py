@@ -17,6 +17,7 @@ from finllm.fast.engine import Engine
 from finllm.fast.support import unsupported
 from finllm.progress import Steps
 from finllm.shared_prefix import shared_length
+from finllm.turns import ALONE, Turns
 
 MOST_ON_CPU = 512
 """Tokens in one pass on a CPU, which gains nothing from more and pads more (docs/experiments.md)."""
@@ -75,13 +76,13 @@ def score(
     batch_tokens: int,
     steps: Steps | None = None,
     engine: Engine | None = None,
-    batches: Sequence[list[int]] | None = None,
+    turns: Turns = ALONE,
 ) -> NDArray[np.float64]:
     """Log-probabilities, (prompts, answers) in nats, of each whole answer after each prompt.
 
     The result does not depend on `batch_tokens`, the most tokens in one pass, beyond rounding. An `engine` of the
-    model is used, or made where there is a GPU for it. `batches` are the prompts of each pass without one, where that
-    is not for this process alone to decide.
+    model is used, or made where there is a GPU for it. Of several processes that take `turns`, each has 0 in the rows of
+    the others.
     """
     if not prompts:
         return np.zeros((0, len(answers)))
@@ -89,24 +90,25 @@ def score(
     engine = engine or engine_of(model)
     if engine is not None and sees_all(model, max(map(len, prompts)) + max(map(len, answers))):
         return engine.log_probabilities(
-            prompts, answers, batch_tokens=batch_tokens, adapted=_adapted(model), steps=steps
+            prompts, answers, batch_tokens=batch_tokens, adapted=_adapted(model), steps=steps, turns=turns
         )
     if base_of(model).device.type == "cpu":
         batch_tokens = min(batch_tokens, MOST_ON_CPU)
     shared = shared_length(prompts)
     if not sees_all(model, max(map(len, prompts)) + max(map(len, answers))):
         if tree.tokens:
-            return _token_by_token(model, prompts, answers, batch_tokens, steps, batches)
+            return _token_by_token(model, prompts, answers, batch_tokens, steps, turns)
         shared = 0
     result = np.zeros((len(prompts), len(answers)))
     with torch.inference_mode():
         prefix = keys_and_values(model, prompts[0][:shared]) if shared else []
-        own = batches_of([len(p) - shared for p in prompts], len(tree.tokens), batch_tokens)
-        for batch in own if batches is None else batches:
-            rows = _score_batch(model, prefix, [prompts[i] for i in batch], shared, tree)
-            result[batch] = rows.double().cpu().numpy()  # the one copy to the host
+        passes = list(batches_of([len(p) - shared for p in prompts], len(tree.tokens), batch_tokens))
+        for turn in turns.of(passes):
+            rows = _score_batch(model, prefix, [prompts[i] for i in turn.own], shared, tree)
+            if turn.counts:
+                result[turn.own] = rows.double().cpu().numpy()  # the one copy to the host
             if steps is not None:
-                steps.add(len(batch))
+                steps.add(sum(map(len, turn.all)))
     return result
 
 
@@ -134,7 +136,7 @@ def _token_by_token(
     answers: Sequence[tuple[int, ...]],
     batch_tokens: int,
     steps: Steps | None,
-    batches: Sequence[list[int]] | None,
+    turns: Turns,
 ) -> NDArray[np.float64]:
     """Scores without a tree of labels: each token of a label costs a pass over the prompts."""
     nexts: dict[tuple[int, ...], list[int]] = {}
@@ -148,7 +150,7 @@ def _token_by_token(
             [(token,) for token in tokens],
             batch_tokens=batch_tokens,
             steps=None if start else steps,
-            batches=batches,
+            turns=turns,
         )
         for start, tokens in nexts.items()
     }

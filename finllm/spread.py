@@ -1,4 +1,4 @@
-"""Scoring that several processes share: each asks for its part of the prompts, and all get all rows."""
+"""Scoring that several processes share: each makes some of the passes, and all get all rows."""
 
 import os
 from collections.abc import Sequence
@@ -9,6 +9,13 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from finllm import scoring
+from finllm.shared_prefix import shared_length
+from finllm.turns import Turns
+
+PASSES = 16
+"""At least so many are made where they are not too small, so that there are some for every process."""
+FEWEST_TOKENS = 2048
+"""Of a pass, in which a GPU is about as fast as with more."""
 
 
 def world() -> tuple[int, int]:
@@ -32,49 +39,21 @@ def score(
 ) -> NDArray[np.float64]:
     """Log-probabilities as `scoring.score` gives them, of every prompt, in every process.
 
-    `in_step`: a pass needs all processes, since each holds a part of the weights, so that all make equally many.
+    The passes are the same for any number of processes, and so is every bit of the result. `in_step`: a pass needs all
+    processes, since each holds a part of the weights, so that all make equally many.
     """
     rank, processes = world()
-    if processes == 1 or not prompts:
-        return scoring.score(model, prompts, answers, batch_tokens=batch_tokens, **how)
-    shares = _shares([len(prompt) for prompt in prompts], processes)
-    mine = shares[rank]
-    if in_step:
-        mine, how["batches"] = together(prompts, shares, rank, sum(map(len, answers)), batch_tokens)
-    found = scoring.score(model, [prompts[row] for row in mine], answers, batch_tokens=batch_tokens, **how)
+    most = min(batch_tokens, pass_tokens(prompts))
+    found = scoring.score(model, prompts, answers, batch_tokens=most, turns=Turns(rank, processes, in_step), **how)
+    if processes == 1:
+        return found
     parts: list[Any] = [None] * processes
-    dist.all_gather_object(parts, found[: len(shares[rank])])
-    rows = np.zeros((len(prompts), len(answers)))
-    for share, part in zip(shares, parts, strict=True):
-        rows[share] = part
-    return rows
+    dist.all_gather_object(parts, found)
+    whole: NDArray[np.float64] = np.sum(parts, axis=0)  # each row is 0 in all processes but one
+    return whole
 
 
-def _shares(lengths: Sequence[int], processes: int) -> list[list[int]]:
-    """Rows of each process, of about the same lengths; the first have one more where they cannot be equally many."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    return [order[rank::processes] for rank in range(processes)]
-
-
-def together(
-    prompts: Sequence[list[int]], shares: Sequence[list[int]], rank: int, extra: int, batch_tokens: int
-) -> tuple[list[int], list[list[int]]]:
-    """The prompts that one process asks for, filled up to as many as the others have, and the passes that all make.
-
-    To its share come the prompts on which it depends how all are scored, so that every process comes to the same way.
-    """
-    places = range(len(shares[0]))  # the first share is the longest
-    deciding = _deciding(prompts)
-    filled = [[*share, *[(share or deciding)[-1]] * (len(places) - len(share)), *deciding] for share in shares]
-    longest = [max(len(prompts[share[place]]) for share in filled) for place in range(len(filled[0]))]
-    return filled[rank], list(scoring.batches_of(longest, extra, batch_tokens))
-
-
-def _deciding(prompts: Sequence[list[int]]) -> list[int]:
-    """Rows on which it depends how all are scored: the longest, and the two that have the least in common."""
-    rows = range(len(prompts))
-    return [
-        max(rows, key=lambda row: len(prompts[row])),
-        min(rows, key=prompts.__getitem__),
-        max(rows, key=prompts.__getitem__),
-    ]
+def pass_tokens(prompts: Sequence[list[int]]) -> int:
+    """The most tokens of a pass by which the prompts come to enough passes."""
+    own = sum(map(len, prompts)) - shared_length(prompts) * len(prompts) if prompts else 0
+    return max(FEWEST_TOKENS, own // PASSES)

@@ -91,13 +91,12 @@ class _Asker:
         prompts = self.prompts
         rank, processes = spread.world()
         labels = [self.prompter.answers[label] for label in LABELS]
-        share = -(-len(prompts) // processes)
         engine = scoring.engine_of(model)
         score = partial(spread.score, model, answers=labels, batch_tokens=self.plan.batch_tokens, engine=engine)
         if engine is not None:  # what a GPU and its links do at first is not the model's pace
             score(prompts=prompts[: STARTED * processes])
         began = time.monotonic()
-        with steps(f"scoring with the {key} model", share, "text", None if rank else self.run) as counter:
+        with steps(f"scoring with the {key} model", len(prompts), "text", None if rank else self.run) as counter:
             rows = score(prompts=prompts, steps=counter)
         seconds = time.monotonic() - began
         timed = [] if rank else prompts[:TIMED]

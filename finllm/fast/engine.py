@@ -17,6 +17,7 @@ from finllm.fast.streams import Stream
 from finllm.fast.weights import Decoder
 from finllm.progress import Steps
 from finllm.shared_prefix import shared_length
+from finllm.turns import ALONE, Turns
 
 MOST_TOKENS = 8192
 """In one scoring pass: an H200 is as fast with these as with four times as many, which take four times the memory."""
@@ -86,26 +87,34 @@ class Engine:
         batch_tokens: int,
         adapted: bool = True,
         steps: Steps | None = None,
+        turns: Turns = ALONE,
     ) -> NDArray[np.float64]:
-        """Log-probabilities, (prompts, answers) in nats, of each whole answer after each prompt, in one pass."""
+        """Log-probabilities, (prompts, answers) in nats, of each whole answer after each prompt, in one pass.
+
+        Of several processes that take `turns`, each has 0 in the rows of the others.
+        """
         self.decoder.keep_adopted()
         shared, asked = shared_length(prompts), bushes.answers_of(answers)
         instruction, grown = prompts[0][:shared], bushes.grow(prompts, asked, shared=shared)
         choices = torch.tensor(asked.choices, device=self.decoder.device)
         found: list[Tensor] = []
+        rows: list[int] = []
+        result = np.zeros((len(prompts), len(answers)))
         with torch.inference_mode():
             if adapted:
                 self.decoder.refresh()
-            for batch in bushes.batches_of(grown, shared, min(batch_tokens, MOST_TOKENS)):
-                stream = self._moved(ready(bushes.pack(instruction, batch, multiple=64)))
+            for turn in turns.of(bushes.batches_of(grown, shared, min(batch_tokens, MOST_TOKENS))):
+                stream = self._moved(ready(bushes.pack(instruction, turn.own, multiple=64)))
                 found.append(passes.log_probabilities(self.decoder, stream, choices, adapted=adapted))
+                rows += [row for bush in turn.own for row in bush.rows]
                 if steps is not None:
-                    steps.add(sum(len(bush.rows) for bush in batch))
+                    steps.add(sum(len(bush.rows) for batch in turn.all for bush in batch))
+            if not found:  # more processes than passes
+                return result
             picks = torch.tensor(asked.picks, device=self.decoder.device)
-            rows = torch.cat(found).view(len(prompts), -1).index_select(1, picks)
-            taken = rows.double().cpu().numpy()  # the one copy to the host
-        result = np.empty((len(prompts), len(answers)))
-        result[[row for bush in grown for row in bush.rows]] = np.add.reduceat(taken, asked.bounds, axis=1)
+            picked = torch.cat(found).view(len(rows), -1).index_select(1, picks)
+            taken = picked.double().cpu().numpy()  # the one copy to the host
+        result[rows] = np.add.reduceat(taken, asked.bounds, axis=1)
         return result
 
 
