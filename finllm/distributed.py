@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from finllm.errors import RecipeError
 from finllm.files import read_json
-from finllm.recipe import BY_DEEPSPEED, Strategy
+from finllm.recipe import BY_DEEPSPEED, FOUR_BIT, Strategy
 from finllm.run import Run
 
 if TYPE_CHECKING:
@@ -116,6 +116,13 @@ def _fsdp(plan: "Plan") -> dict[str, Any]:
     }
 
 
+def _layer_numbers(plan: "Plan") -> int | None:
+    """Numbers of one block as zero3 counts them: 4-bit weights are packed into numbers of the arithmetic's type."""
+    if plan.layer_parameters is None or plan.dequantize or plan.recipe.model.quantization not in FOUR_BIT:
+        return plan.layer_parameters
+    return plan.layer_parameters // {"bf16": 4, "fp32": 8}[plan.dtype]
+
+
 def deepspeed_config(plan: "Plan") -> dict[str, Any]:
     """DeepSpeed's configuration; what is `auto` follows from the trainer's arguments."""
     stage = int(plan.strategy[-1])
@@ -128,7 +135,7 @@ def deepspeed_config(plan: "Plan") -> dict[str, Any]:
     if plan.recipe.distributed.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": plan.device == "cuda"}
     if stage == 3:
-        layer = plan.layer_parameters
+        layer = _layer_numbers(plan)
         live = LIVE_LAYERS * layer if layer else 10**9
         zero |= {
             "stage3_prefetch_bucket_size": layer or "auto",

@@ -12,8 +12,9 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
-from finllm import distributed, spread
+from finllm import distributed
 from finllm.errors import RecipeError, RunError
 from finllm.files import write_json
 from finllm.journal import history
@@ -22,7 +23,7 @@ from finllm.machine import Gpu, Machine
 from finllm.plan import Plan, Rows, decide
 from finllm.recipe import SHARDED, Recipe, Strategy
 from finllm.run import Run, State, create
-from finllm.shared_prefix import shared_length
+from finllm.training import sharded
 from finllm.training.batches import GlobalBatches, dealt
 from launch import planning, replanning, tables
 
@@ -148,6 +149,20 @@ def test_accelerate_and_deepspeed_are_told_what_the_plan_says(tmp_path: Path, st
     )
 
 
+def test_zero3_gathers_two_layers_whatever_their_weights_are_packed_in(tmp_path: Path) -> None:
+    """DeepSpeed counts numbers, of which each bf16 one holds four weights in 4 bits."""
+    keys = {"distributed": {"strategy": "zero3"}, "train": {"gradient_checkpointing": True}}
+    held = {}
+    for name, model in (("bf16", PLAIN), ("nf4", QLORA)):
+        made = plan(tmp_path, 2, model=model, **keys)
+        assert not made.dequantize
+        zero = distributed.deepspeed_config(made)["zero_optimization"]
+        assert zero["stage3_max_live_parameters"] == 2 * zero["stage3_prefetch_bucket_size"]
+        held[name] = zero["stage3_max_live_parameters"]
+    assert held["bf16"] == 2 * made.layer_parameters
+    assert held["nf4"] == held["bf16"] // 4
+
+
 def test_processes_that_were_started_by_others_keep_their_strategy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,21 +206,45 @@ def test_a_step_is_dealt_by_its_tokens() -> None:
     assert sorted(row for batch in alone for row in batch) == list(range(256))
 
 
-def test_processes_that_need_each_other_make_equally_many_passes() -> None:
-    """Each gets its own prompts once, and with them those on which the way of scoring depends; one has none of its own."""
-    rng = np.random.default_rng(5)
-    for count, processes in ((37, 4), (8, 3), (2, 3)):
-        prompts = [[7, 7, 7, *rng.integers(0, 9, size=rng.integers(1, 40)).tolist()] for _ in range(count)]
-        shares = spread._shares([len(prompt) for prompt in prompts], processes)
-        found = [spread.together(prompts, shares, rank, 2, 96) for rank in range(processes)]
-        assert sorted(row for share in shares for row in share) == list(range(count))
-        for (mine, passes), share in zip(found, shares, strict=True):
-            assert mine[: len(share)] == share
-            assert passes == found[0][1], "another number of passes, or of other sizes: all would wait for ever"
-            assert sorted(place for one in passes for place in one) == list(range(len(mine)))
-            assert all(len(one) * (max(len(prompts[mine[p]]) for p in one) + 2) <= 96 for one in passes if len(one) > 1)
-            assert shared_length([prompts[row] for row in mine]) == shared_length(prompts)
-            assert max(len(prompts[row]) for row in mine) == max(map(len, prompts))
+class _WholeCall(torch.nn.Linear):
+    """A layer as Transformers 5.17 makes it: checkpointing repeats the call, hooks and all."""
+
+    gradient_checkpointing = True
+
+    def __call__(self, x: torch.Tensor) -> Any:
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(super().__call__, x)
+        return super().__call__(x)
+
+    def _gradient_checkpointing_func(self, call: Any, x: torch.Tensor) -> Any:
+        return checkpoint(call, x, use_reentrant=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).exp()
+
+
+def test_what_is_computed_again_runs_no_hooks_which_would_gather_weights_again() -> None:
+    def gradients(kind: type[_WholeCall]) -> tuple[torch.Tensor, int, int]:
+        torch.manual_seed(0)
+        layer, x, calls, products = kind(3, 3), torch.ones(2, 3, requires_grad=True), [], []
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+        layer.register_forward_hook(lambda *_: products.append(1))
+        layer(x).sum().backward()
+        assert layer.weight.grad is not None
+        return layer.weight.grad, len(calls), len(products)
+
+    class Mended(_WholeCall):
+        pass
+
+    expected, calls, ends = gradients(_WholeCall)
+    assert calls == ends == 2, "the layer of this test repeats its hooks"
+    for _ in range(2):  # the second time there is nothing left to do
+        sharded.compute_again_without_hooks(Mended)
+    found, calls, ends = gradients(Mended)
+    assert calls == ends == 1
+    assert torch.equal(found, expected)
+    Mended.gradient_checkpointing = False
+    assert torch.equal(gradients(Mended)[0], expected)
 
 
 Start = Callable[..., Run]

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,27 @@ def gather_by_layer(model: Any) -> None:
     """
     from deepspeed.utils import set_z3_leaf_modules
 
-    set_z3_leaf_modules(model, [type(scoring.base_of(model).get_decoder().layers[0])])
+    layer = type(scoring.base_of(model).get_decoder().layers[0])
+    set_z3_leaf_modules(model, [layer])
     model.enable_input_require_grads()  # else the first layer's weights would be gone before its adapters' gradients
+    compute_again_without_hooks(layer)
+
+
+def compute_again_without_hooks(layer: type[torch.nn.Module]) -> None:
+    """Let checkpointing repeat a layer's `forward` alone, as Transformers 5.23 does; 5.17 repeats the whole call.
+
+    ZeRO-3's hooks would run in it, gather the weights once more, and give none back before the pass has ended.
+    """
+    if layer.__call__ is torch.nn.Module.__call__:
+        return
+    forward = layer.forward
+
+    def checkpointed(self: Any, *args: Any, **named: Any) -> Any:
+        if not (self.gradient_checkpointing and self.training):
+            return forward(self, *args, **named)
+        return self._gradient_checkpointing_func(partial(forward, self, **named), *args)
+
+    layer.forward, layer.__call__ = checkpointed, torch.nn.Module.__call__  # type: ignore[method-assign]
 
 
 def whole(model: Any) -> dict[str, Tensor]:
