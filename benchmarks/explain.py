@@ -166,7 +166,8 @@ def speeds(bench: Bench, alone: Bench, repetitions: int) -> list[dict[str, Any]]
 def parsed(predictor: SentimentPredictor, texts: Sequence[str], tokens: int) -> dict[str, Any]:
     """How many answers are not an object of the two fields by Python's own reader, and whose label is the scorer's.
 
-    The scorer is asked again, each prompt by itself.
+    The scorer is also asked again, each prompt by itself: in bf16 that is another rounding, and so another label where
+    two are about as likely, as under random weights.
     """
     prompts = [prompt.ids for prompt in predictor.prompter.render(texts)]
     labels = [answer["sentiment"] for answer in predictor.predict(texts)]
@@ -175,13 +176,14 @@ def parsed(predictor: SentimentPredictor, texts: Sequence[str], tokens: int) -> 
     read = [whole(one.json) for one in raw]
     choices = [predictor.prompter.answers[label] for label in LABELS]
     alone = [int(scoring.score(predictor.model, [p], choices, batch_tokens=1).argmax()) for p in prompts]
-    agree = [one is not None and one["sentiment"] == LABELS[best] for one, best in zip(read, alone, strict=True)]
+    said = [one["sentiment"] if one is not None else None for one in read]
     return {
         "answers": len(read),
         "max_tokens": tokens,
         "unparsed": sum(one is None for one in read),
         "cut_at_the_limit": sum(one.truncated for one in raw),
-        "labels_that_agree": sum(agree),
+        "labels_that_agree": sum(one == label for one, label in zip(said, labels, strict=True)),
+        "labels_that_agree_alone": sum(one == LABELS[best] for one, best in zip(said, alone, strict=True)),
     }
 
 

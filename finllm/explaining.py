@@ -1,13 +1,12 @@
 """Explanations of labels, written by the model as JSON of a schema: batched, and cut with a proper end.
 
 The label stands already when writing begins: the scorer has chosen it. llguidance says which tokens keep the answer
-within the schema, while the model is still computing their scores; Transformers' `generate` does the rest, and begins
-anew without the rows that are done once they are many. What all prompts begin with is computed once.
+within the schema, Transformers' `generate` does the rest, and begins anew without the rows that are done once they are
+many. What all prompts begin with is computed once.
 """
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,8 +63,7 @@ class Grammar:
         self.tokenizer = known
         self.words = -(-known.vocab_size // 32)
         """int32 words in a mask."""
-        self.executor = LLExecutor()
-        self.beside = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self.executor = LLExecutor(num_threads=1)  # 64 masks take a millisecond, and several threads longer
 
 
 def _grammar() -> str:
@@ -104,19 +102,11 @@ class Allowed(LogitsProcessor):  # type: ignore[misc]  # Transformers ships no t
         self._grammar, self._rows = grammar, rows
         self._mask = torch.full((len(rows), grammar.words), -1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._bits = torch.arange(32, dtype=torch.int32, device=device)
-        self.look_ahead()
-
-    def look_ahead(self) -> None:
-        """Find the next tokens that are allowed; the model computes their scores meanwhile."""
-        self._ready: Future[None] = self._grammar.beside.submit(self._fill)
-
-    def _fill(self) -> None:
-        open_rows = [(row.matcher, place) for place, row in enumerate(self._rows) if not row.done]
-        fill_next_token_bitmask_par(self._grammar.executor, open_rows, self._mask.numpy())
 
     def __call__(self, _input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (rows, vocabulary), those of other tokens at minus infinity."""
-        self._ready.result()
+        """Scores (rows, vocabulary), those of other tokens at minus infinity; a GPU may still be computing them."""
+        open_rows = [(row.matcher, place) for place, row in enumerate(self._rows) if not row.done]
+        fill_next_token_bitmask_par(self._grammar.executor, open_rows, self._mask.numpy())
         words = self._mask.to(scores.device, non_blocking=True)
         allowed = ((words[:, :, None] >> self._bits) & 1).flatten(1)[:, : scores.shape[1]].bool()
         return scores.masked_fill(~allowed, float("-inf"))
@@ -125,8 +115,8 @@ class Allowed(LogitsProcessor):  # type: ignore[misc]  # Transformers ships no t
 class Done(StoppingCriteria):  # type: ignore[misc]  # Transformers ships no types
     """Takes note of each token, and ends the rows whose answers are complete: all of them once those are many."""
 
-    def __init__(self, rows: Sequence[Row], allowed: Allowed) -> None:
-        self._rows, self._allowed = rows, allowed
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
 
     def __call__(self, input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
         """(rows,) bool."""
@@ -136,8 +126,6 @@ class Done(StoppingCriteria):  # type: ignore[misc]  # Transformers ships no typ
         done = [row.done for row in self._rows]
         if sum(done) >= DONE_SHARE * len(done):
             done = [True] * len(done)
-        else:
-            self._allowed.look_ahead()
         return torch.tensor(done, device=input_ids.device)
 
 
@@ -190,14 +178,13 @@ class Explainer:
             cache.update(keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1), layer)
         end = ids.shape[1] + max_tokens
         while rows and ids.shape[1] < end:
-            allowed = Allowed(self.grammar, rows, ids.device)
             ids = self._base.generate(
                 ids,
                 attention_mask=mask,
                 past_key_values=cache,
                 generation_config=greedy(end - ids.shape[1], self._prompter.end),
-                logits_processor=[allowed],
-                stopping_criteria=[Done(rows, allowed)],
+                logits_processor=[Allowed(self.grammar, rows, ids.device)],
+                stopping_criteria=[Done(rows)],
             )
             mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - mask.shape[1])], dim=1)
             left = [place for place, row in enumerate(rows) if not row.done]

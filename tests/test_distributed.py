@@ -151,7 +151,7 @@ def test_accelerate_and_deepspeed_are_told_what_the_plan_says(tmp_path: Path, st
 
 def test_zero3_gathers_two_layers_whatever_their_weights_are_packed_in(tmp_path: Path) -> None:
     """DeepSpeed counts numbers, of which each bf16 one holds four weights in 4 bits."""
-    keys = {"distributed": {"strategy": "zero3"}, "train": {"gradient_checkpointing": True}}
+    keys: dict[str, Any] = {"distributed": {"strategy": "zero3"}, "train": {"gradient_checkpointing": True}}
     held = {}
     for name, model in (("bf16", PLAIN), ("nf4", QLORA)):
         made = plan(tmp_path, 2, model=model, **keys)
@@ -159,6 +159,7 @@ def test_zero3_gathers_two_layers_whatever_their_weights_are_packed_in(tmp_path:
         zero = distributed.deepspeed_config(made)["zero_optimization"]
         assert zero["stage3_max_live_parameters"] == 2 * zero["stage3_prefetch_bucket_size"]
         held[name] = zero["stage3_max_live_parameters"]
+    assert made.layer_parameters is not None
     assert held["bf16"] == 2 * made.layer_parameters
     assert held["nf4"] == held["bf16"] // 4
 
