@@ -102,7 +102,11 @@ def score(
     result = np.zeros((len(prompts), len(answers)))
     with torch.inference_mode():
         prefix = keys_and_values(model, prompts[0][:shared]) if shared else []
-        passes = list(batches_of([len(p) - shared for p in prompts], len(tree.tokens), batch_tokens))
+        lengths, extra = [len(p) - shared for p in prompts], len(tree.tokens)
+        if turns.multiple > 1:
+            tokens = sum(lengths) + extra * len(prompts)
+            batch_tokens = min(batch_tokens, -(-tokens // turns.count(tokens, batch_tokens)))
+        passes = list(batches_of(lengths, extra, batch_tokens))
         for turn in turns.of(passes):
             rows = _score_batch(model, prefix, [prompts[i] for i in turn.own], shared, tree)
             if turn.counts:

@@ -9,13 +9,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from finllm import scoring
-from finllm.shared_prefix import shared_length
 from finllm.turns import Turns
 
-PASSES = 16
-"""At least so many are made where they are not too small, so that there are some for every process."""
-FEWEST_TOKENS = 2048
-"""Of a pass, in which a GPU is about as fast as with more."""
+MULTIPLE = 8
+"""Of which the number of passes is one, whatever the number of processes."""
 
 
 def world() -> tuple[int, int]:
@@ -43,17 +40,11 @@ def score(
     processes, since each holds a part of the weights, so that all make equally many.
     """
     rank, processes = world()
-    most = min(batch_tokens, pass_tokens(prompts))
-    found = scoring.score(model, prompts, answers, batch_tokens=most, turns=Turns(rank, processes, in_step), **how)
+    turns = Turns(rank, processes, in_step, MULTIPLE)
+    found = scoring.score(model, prompts, answers, batch_tokens=batch_tokens, turns=turns, **how)
     if processes == 1:
         return found
     parts: list[Any] = [None] * processes
     dist.all_gather_object(parts, found)
     whole: NDArray[np.float64] = np.sum(parts, axis=0)  # each row is 0 in all processes but one
     return whole
-
-
-def pass_tokens(prompts: Sequence[list[int]]) -> int:
-    """The most tokens of a pass by which the prompts come to enough passes."""
-    own = sum(map(len, prompts)) - shared_length(prompts) * len(prompts) if prompts else 0
-    return max(FEWEST_TOKENS, own // PASSES)

@@ -83,17 +83,15 @@ def grow(prompts: Sequence[list[int]], answers: Answers, *, shared: int) -> list
     return bushes
 
 
-def batches_of(bushes: Sequence[Bush], shared: int, batch_tokens: int) -> list[list[Bush]]:
-    """The bushes in order, in batches of at most `batch_tokens` as streams (but at least one bush)."""
-    batches: list[list[Bush]] = []
-    used = batch_tokens
+def batches_of(bushes: Sequence[Bush], count: int) -> list[list[Bush]]:
+    """The bushes in order, in at most so many batches: each about its share of the tokens, and less than a bush more."""
+    total = sum(bush.tokens for bush in bushes)
+    batches: dict[int, list[Bush]] = {}
+    before = 0
     for bush in bushes:
-        if used + bush.tokens > batch_tokens:
-            batches.append([])
-            used = shared
-        batches[-1].append(bush)
-        used += bush.tokens
-    return batches
+        batches.setdefault(before * count // total, []).append(bush)
+        before += bush.tokens
+    return list(batches.values())
 
 
 def pack(instruction: Sequence[int], bushes: Sequence[Bush], *, multiple: int = 1) -> Stream:
@@ -105,7 +103,7 @@ def pack(instruction: Sequence[int], bushes: Sequence[Bush], *, multiple: int = 
 
 def _together(prompts: Sequence[list[int]], shared: int) -> list[Bush]:
     """Prompts in dictionary order, up to MOST_TOGETHER to a bush, such that the fewest tokens are left."""
-    order = sorted(range(len(prompts)), key=prompts.__getitem__)
+    order = sorted(range(len(prompts)), key=lambda row: prompts[row][shared:])
     alike = [_alike(prompts[one], prompts[other], shared) for one, other in pairwise(order)]
     bushes, first = [], 0
     for size in _sizes(alike):

@@ -96,6 +96,8 @@ class Engine:
         self.decoder.keep_adopted()
         shared, asked = shared_length(prompts), bushes.answers_of(answers)
         instruction, grown = prompts[0][:shared], bushes.grow(prompts, asked, shared=shared)
+        sizes = [bush.tokens for bush in grown]
+        tokens, most = sum(sizes), min(batch_tokens, MOST_TOKENS) - shared - max(sizes)
         choices = torch.tensor(asked.choices, device=self.decoder.device)
         found: list[Tensor] = []
         rows: list[int] = []
@@ -103,7 +105,7 @@ class Engine:
         with torch.inference_mode():
             if adapted:
                 self.decoder.refresh()
-            for turn in turns.of(bushes.batches_of(grown, shared, min(batch_tokens, MOST_TOKENS))):
+            for turn in turns.of(bushes.batches_of(grown, turns.count(tokens, most))):
                 stream = self._moved(ready(bushes.pack(instruction, turn.own, multiple=64)))
                 found.append(passes.log_probabilities(self.decoder, stream, choices, adapted=adapted))
                 rows += [row for bush in turn.own for row in bush.rows]
