@@ -78,7 +78,6 @@ PEERS = {
     "ddp": ("one GPU", "TRL ddp"),
     "evaluation, two GPUs": ("evaluation, one GPU",),
     **{name.removeprefix("TRL "): (name,) for name in SYSTEMS if name.startswith("TRL ") and "," in name},
-    **{name: (name.removesuffix(", read by hosts"),) for name in SYSTEMS if name.endswith("by hosts")},
 }
 """What each is compared with."""
 

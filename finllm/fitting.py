@@ -182,6 +182,7 @@ def setting(recipe: Recipe, place: Place, choice: Fit) -> Setting:
         processes=place.processes,
         strategy=place.strategy,
         offload=place.offload,
+        accumulates=recipe.train is not None and recipe.train.global_batch > choice.micro_batch * place.processes,
         checkpointing=choice.checkpointing,
         hand_written=by_hand,
     )

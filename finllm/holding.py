@@ -30,6 +30,8 @@ class Setting:
     strategy: Strategy = "single"
     offload: bool = False
     """What is shared out among the processes stands in the host's memory while it is not used."""
+    accumulates: bool = True
+    """A step has several micro-batches, so that gradients of the first are there while the next passes."""
 
     @property
     def size(self) -> int:
@@ -142,13 +144,22 @@ def state_bytes(shape: Shape, how: Setting) -> float:
     return lora_parameters(shape, how.lora) * (4 + 4 + states + buckets + copies)
 
 
+def late_gradients(shape: Shape, how: Setting) -> float:
+    """Bytes of gradients that take the place of activations in the backward pass, and are gone before the next."""
+    if how.strategy != "fsdp" or how.accumulates or how.offload:
+        return 0.0
+    trained = shape.parameters if how.lora is None else lora_parameters(shape, how.lora)
+    return 4 * trained / how.processes
+
+
 def _shared_out(shape: Shape, how: Setting) -> float:
     """The same where each process has its part: arXiv 1910.02054, section 5, with what the libraries keep beside it."""
     trained = shape.parameters if how.lora is None else lora_parameters(shape, how.lora)
     part = 0.0 if how.offload else trained / how.processes
     in_flight = trained / shape.layers  # gradients of a layer, before each process has its part
     if how.strategy == "fsdp":  # fp32 factors, gradients and AdamW's moments; all weights are counted as such
-        return part * (4 + 8 + (0 if how.lora is None else 4)) + in_flight * (how.size + 4)
+        gradients = 4 if how.accumulates else 0
+        return part * (gradients + 8 + (0 if how.lora is None else 4)) + in_flight * (how.size + 4)
     # DeepSpeed: fp32 masters, AdamW's moments, gradients, and those once more in fp32 for the step
     buckets = 2 * how.size * min(shape.hidden**2, trained)
     factors = 0.0 if how.lora is None else how.size * trained / (1 if how.strategy == "zero2" else how.processes)

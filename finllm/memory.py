@@ -4,7 +4,7 @@ Bytes a token and layer were derived from what autograd keeps of Transformers' L
 and agree with a count of the saved tensors to 1 % (tests/test_memory.py counts them).
 """
 
-from finllm.holding import STEP, Setting, loading_bytes, stacks, state_bytes, targets, weight_bytes
+from finllm.holding import STEP, Setting, late_gradients, loading_bytes, stacks, state_bytes, targets, weight_bytes
 from finllm.lengths import Batch
 from finllm.recipe import FOUR_BIT
 from finllm.shapes import Shape
@@ -52,6 +52,7 @@ def estimate(shape: Shape, how: Setting, batch: Batch | None, scored: Batch, lim
     trained = state_bytes(shape, how) if how.trains else 0.0
     scoring = scoring_pass(shape, how, scored)
     passing = scoring if batch is None else max(training_pass(shape, how, batch), scoring)
+    passing = max(passing, late_gradients(shape, how) if how.trains else 0.0)
     loading = loading_bytes(shape, how)
     if limit is None or loading <= limit * GIB:  # else it is loaded into the host's memory
         passing = max(passing, loading - held - trained)
