@@ -124,10 +124,11 @@ def recipes(*, folder: Path) -> int:
 def check(*, recipe: str, overrides: list[str]) -> int:
     """Everything that is wrong with a recipe and its data; or their counts."""
     path, read, parts, notes = planning.checked(recipe, overrides)
+    told = pairs.told(read, parts)  # folds may be missing
     print(f"{path}: no faults\n")
     tables.show(tables.data_counts(parts))
     print("", *(notes or ("no text, and no near twin of one, stands in two parts",)), sep="\n")
-    pairs.show(read, parts)
+    print(*(["", *told] if told else []), sep="\n", end="\n" if told else "")
     return DONE
 
 

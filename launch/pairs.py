@@ -16,10 +16,11 @@ LONGEST = 110
 """Characters of a text in one line."""
 
 
-def show(recipe: Recipe, parts: Parts) -> None:
+def told(recipe: Recipe, parts: Parts) -> list[str]:
     """Counts of a recipe's pairs, and ten of them; nothing where it learns from no pairs."""
-    if isinstance(recipe.train, Dpo):
-        print("", *lines([item for item in learnt(recipe, parts) if isinstance(item, Preference)]), sep="\n")
+    if not isinstance(recipe.train, Dpo):
+        return []
+    return lines([item for item in learnt(recipe, parts) if isinstance(item, Preference)])
 
 
 def lines(pairs: Sequence[Preference]) -> list[str]:
@@ -27,18 +28,18 @@ def lines(pairs: Sequence[Preference]) -> list[str]:
     kinds = Counter((pair.source, _short(pair.chosen, 24), _short(pair.rejected, 24)) for pair in pairs)
     bands = Counter(pair.agreement for pair in pairs if pair.agreement is not None)
     drawn = random.Random(SEED).sample(list(pairs), min(EXAMPLES, len(pairs)))  # noqa: S311 - a fixed draw, no secret
-    told = [f"{len(pairs)} pairs of answers, the better one first"]
-    told += [
+    found = [f"{len(pairs)} pairs of answers, the better one first"]
+    found += [
         f"  {count:5}  {source}: {better} over {worse}" for (source, better, worse), count in kinds.most_common(12)
     ]
     if len(kinds) > 12:
-        told.append(f"         and {len(kinds) - 12} other kinds")
-    told += [f"  {count:5}  agreement {band}" for band, count in sorted(bands.items(), reverse=True)]
-    told += [
+        found.append(f"         and {len(kinds) - 12} other kinds")
+    found += [f"  {count:5}  agreement {band}" for band, count in sorted(bands.items(), reverse=True)]
+    found += [
         f"  {pair.id}: {_short(pair.answers[0], 60)} over {_short(pair.answers[1], 60)}: {_short(pair.text)}"
         for pair in drawn
     ]
-    return told
+    return found
 
 
 def _short(text: str, longest: int = LONGEST) -> str:

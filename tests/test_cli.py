@@ -201,6 +201,18 @@ def test_recipes_are_listed_with_their_purpose(small: Path) -> None:
     assert re.search(r"^faulty +faulty: see `finllm check .*faulty.yaml`$", own, re.MULTILINE)
 
 
+def test_check_says_no_faults_only_where_there_are_none(tmp_path: Path) -> None:
+    """Pairs come from the runs of a sweep, of which none is there."""
+    recipe = tmp_path / "pairs.yaml"
+    recipe.write_text(
+        "model: smollm2-135m\ndata: sample\ntrain: {method: dpo, pairs: [{name: folds, sweep: nowhere}], learning_rate: 1e-5}\n"
+    )
+    answer = finllm("check", str(recipe))
+    assert answer.returncode == 2
+    assert "no faults" not in answer.stdout
+    assert "nowhere" in answer.stderr
+
+
 def test_check_counts_the_data(small: Path) -> None:
     """Per set, part and label; and says that no text leaks."""
     answer = finllm("check", str(small))

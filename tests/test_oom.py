@@ -20,6 +20,7 @@ from finllm.run import Progress, Run, State, create
 from launch import tether
 from launch.lowering import ADVICE, lowered
 from launch.place import mark
+from launch.replanning import replan
 from launch.show import Silent
 from launch.supervisor import supervise
 
@@ -276,6 +277,25 @@ def test_an_odd_batch_is_divided_as_it_can_be(recipe: Path, tmp_path: Path) -> N
         plan = found[0]
         sizes.append((plan.micro_batch, plan.accumulation))
     assert sizes[:3] == [(3, 3), (1, 9), (1, 9)]
+
+
+def test_another_number_of_processes_does_not_forget_that_memory_ran_out(recipe: Path, tmp_path: Path) -> None:
+    run, plan = planned(recipe, tmp_path / "runs", "train.micro_batch=4")
+    lower = plan
+    while not lower.gradient_checkpointing:
+        found = lowered(lower, "train")
+        assert found is not None
+        lower = found[0]
+    lower.save(run)
+    replan(run, ("resources.cpu_processes=2",))
+    after = Plan.of(run)
+    assert (after.processes, after.micro_batch, after.gradient_checkpointing) == (2, 1, True)
+    assert after.processes * after.micro_batch * after.accumulation == plan.micro_batch * plan.accumulation
+    replan(run, ("train.micro_batch=2", "train.gradient_checkpointing=auto"))  # who asks for more shall have it
+    assert (Plan.of(run).micro_batch, Plan.of(run).gradient_checkpointing) == (2, False)
+    plan.save(run)
+    replan(run, ("resources.cpu_processes=2",))  # of a plan that was never lowered nothing is taken
+    assert (Plan.of(run).micro_batch, Plan.of(run).gradient_checkpointing) == (4, False)
 
 
 def test_no_process_is_left(recipe: Path, tmp_path: Path) -> None:
