@@ -20,7 +20,10 @@ from finllm.shared_prefix import IGNORED
 
 
 class Shared:
-    """For trainers: weights are saved whole and in fp32, in the ordinary format, however they are shared out."""
+    """For trainers: weights are saved whole and in fp32, in the ordinary format, however they are shared out.
+
+    What Transformers' trainer does in every step although nobody needs it is left out.
+    """
 
     args: Any
     accelerator: Any
@@ -43,6 +46,10 @@ class Shared:
         if self.is_deepspeed_enabled:
             return bool(self.accelerator.state.deepspeed_plugin.zero_stage == 3)
         return bool(self.is_fsdp_enabled)
+
+    def floating_point_ops(self, _inputs: dict[str, Any]) -> int:
+        """0: for this figure, which nobody reads, Transformers would count all parameters in every pass."""
+        return 0
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The trained weights, in PEFT's or Transformers' format; by the first process, all taking part."""
