@@ -28,11 +28,13 @@ packages_work = $(PY) -m pip check --quiet && $(PY) -c 'import torch, transforme
 demo: $(STAMP)
 	@$(VENV)/bin/finllm launch recipes/demo.yaml
 
-# The tests on SLURM wait most of their time; the others use it. One thread each: two would take each other's core.
+# The tests on SLURM wait most of their time; the others use it, a file on each core (those of a GPU one after the other).
+# One thread each: two would take each other's core.
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	@$(PY) -m pytest tests/slurm >.slurm-tests.log 2>&1 & on_slurm=$$!; \
-	  $(PY) -m pytest tests --ignore tests/slurm; here=$$?; \
+	  $(PY) -m pytest tests --ignore tests/slurm -m 'not gpu' --dist loadfile -n logical --maxprocesses 8; here=$$?; \
+	  if command -v nvidia-smi >/dev/null; then $(PY) -m pytest tests --ignore tests/slurm -m gpu || here=$$?; fi; \
 	  echo "tests/slurm, which ran beside them:"; wait $$on_slurm; there=$$?; cat .slurm-tests.log; \
 	  exit $$((here ? here : there))
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from finllm import boards, checkpoints, data, distributed, library, models, predictions, report, systems, tracking
+from finllm import boards, checkpoints, data, distributed, library, models, predictions, report, tracking
 from finllm.assessment import score
 from finllm.data import Parts
 from finllm.errors import DataError, FinllmError, RecipeError, RunError
@@ -75,6 +75,8 @@ def evaluate(run: Run) -> Scores:
     """Scores of every system that the run's recipe names; leaves predictions, scores and report in the run folder."""
     plan, parts, examples, notes = _asked(run)
     tracker = tracking.start(run, plan, "evaluate")
+    with models.importing():
+        from finllm import systems
     found = systems.answered(run, plan, parts, examples, notes)
     for one in found.answers:
         predictions.write(run, one)
@@ -101,6 +103,8 @@ def evaluate(run: Run) -> Scores:
 def take_part(run: Run) -> None:
     """What a further process does of an evaluation: its share of the answers of the language models."""
     plan, parts, examples, notes = _asked(run)
+    with models.importing():
+        from finllm import systems
     systems.answered(run, plan, parts, examples, notes)
 
 

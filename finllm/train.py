@@ -29,7 +29,8 @@ def main(arguments: list[str]) -> int:
         print("usage: accelerate launch -m finllm.train RUN|RECIPE [key=value ...]", file=sys.stderr)
         return 2
     models.quiet_libraries()
-    processes = distributed.processes()
+    with models.importing():
+        processes = distributed.processes()
     is_main = processes.is_main_process
     run: Run | None = None
     try:
@@ -150,8 +151,9 @@ def _checked(plan: Plan, processes: Any) -> Plan:
 
 
 def _train(run: Run, plan: Plan, processes: Any, *, listens: bool = True) -> str | None:
-    from finllm.training import train
-    from finllm.training.stopping import StopRequests
+    with models.importing():
+        from finllm.training import train
+        from finllm.training.stopping import StopRequests
 
     stop = StopRequests(run)
     if listens:

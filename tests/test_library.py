@@ -1,5 +1,6 @@
 """`finllm.train` and `finllm.evaluate` called from Python, as a notebook does."""
 
+import gc
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import finllm
+from finllm import models
 from finllm.errors import RecipeError, RunError
 from finllm.journal import history
 from finllm.plan import Plan
@@ -100,3 +102,19 @@ def test_the_names_are_callable_however_they_were_imported() -> None:
     assert (answer.returncode, answer.stdout, answer.stderr) == (0, "\n", "")
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         finllm.trian  # noqa: B018
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_importing_leaves_the_garbage_collector_as_it_was(*, on: bool) -> None:
+    before = gc.isenabled()
+    try:
+        (gc.enable if on else gc.disable)()
+        with models.importing():
+            assert not gc.isenabled()
+        assert gc.isenabled() is on
+        with pytest.raises(ImportError), models.importing():
+            raise ImportError
+        assert gc.isenabled() is on
+    finally:
+        (gc.enable if before else gc.disable)()
+        gc.unfreeze()
