@@ -33,7 +33,7 @@ demo: $(STAMP)
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	@$(PY) -m pytest tests/slurm >.slurm-tests.log 2>&1 & on_slurm=$$!; \
-	  $(PY) -m pytest tests --ignore tests/slurm -m 'not gpu' --dist loadfile -n logical --maxprocesses 8; here=$$?; \
+	  $(PY) -m pytest tests --ignore tests/slurm -m 'not gpu' --dist loadfile --no-loadscope-reorder -n logical --maxprocesses 8; here=$$?; \
 	  if command -v nvidia-smi >/dev/null; then $(PY) -m pytest tests --ignore tests/slurm -m gpu || here=$$?; fi; \
 	  echo "tests/slurm, which ran beside them:"; wait $$on_slurm; there=$$?; cat .slurm-tests.log; \
 	  exit $$((here ? here : there))
