@@ -18,13 +18,13 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from conditions import SHAPE, conditions, make_tiny, make_weights, results, write
+from micro_batches import largest
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes/sft/mistral-7b-v0.1-phrasebank.yaml"
@@ -160,37 +160,6 @@ def trained(bench: Bench, name: str, system: System) -> dict[str, Any]:
         "hand_written": plan.hand_written,
         "expected_examples_per_s": plan.pace and round(plan.pace.examples_per_s, 1),
     }
-
-
-def largest(plan: Any) -> int:
-    """Tokens of the largest micro-batch of streams that the run's steps had."""
-    from transformers import AutoTokenizer
-
-    from finllm import data
-    from finllm.prompts import Prompter
-    from finllm.training import sharing
-    from finllm.training.batches import NO_ROW, GlobalBatches, encode, stream
-
-    recipe = plan.recipe
-    parts, _ = data.training_parts(recipe.data)
-    rows = encode(parts.train, Prompter(AutoTokenizer.from_pretrained(recipe.model.name), recipe.prompt))
-    found = 0
-    for rank in range(plan.processes):
-        dealer = GlobalBatches(
-            [row.tokens for row in rows], micro_batch=plan.micro_batch, accumulation=plan.accumulation, rank=rank,
-            processes=plan.processes, seed=recipe.train.seed,
-        )  # fmt: skip
-        epochs = range(-(-plan.steps * plan.accumulation // len(dealer)))
-        passes = chain.from_iterable(_of_epoch(dealer, epoch) for epoch in epochs)
-        for batch in islice(passes, plan.steps * plan.accumulation):
-            there = [rows[row] for row in batch if row != NO_ROW]
-            found = max(found, stream(there, multiple=sharing.MULTIPLE[plan.device])["input_ids"].numel())
-    return found
-
-
-def _of_epoch(dealer: Any, epoch: int) -> Iterator[list[int]]:
-    dealer.set_epoch(epoch)
-    yield from dealer
 
 
 def evaluated(bench: Bench, gpus: int) -> dict[str, Any]:

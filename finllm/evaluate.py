@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
@@ -25,6 +25,9 @@ from finllm.progress import steps
 from finllm.report import Facts
 from finllm.run import Progress, Run
 from finllm.scores import Scores
+
+if TYPE_CHECKING:
+    from finllm import systems
 
 BOOTSTRAP_SEED = 0
 CURVES = {"train/loss", "validation/loss", "validation/accuracy", "validation/macro_f1"}
@@ -75,9 +78,7 @@ def evaluate(run: Run) -> Scores:
     """Scores of every system that the run's recipe names; leaves predictions, scores and report in the run folder."""
     plan, parts, examples, notes = _asked(run)
     tracker = tracking.start(run, plan, "evaluate")
-    with models.importing():
-        from finllm import systems
-    found = systems.answered(run, plan, parts, examples, notes)
+    found = _answered(run, plan, parts, examples, notes)
     for one in found.answers:
         predictions.write(run, one)
     with steps("drawing intervals", run=run):
@@ -102,10 +103,16 @@ def evaluate(run: Run) -> Scores:
 
 def take_part(run: Run) -> None:
     """What a further process does of an evaluation: its share of the answers of the language models."""
-    plan, parts, examples, notes = _asked(run)
+    _answered(run, *_asked(run))
+
+
+def _answered(
+    run: Run, plan: Plan, parts: Parts, examples: Sequence[Example], notes: Sequence[str]
+) -> "systems.Answered":
+    """The answers of every system; torch and Transformers are imported only now, since a faulty run needs neither."""
     with models.importing():
         from finllm import systems
-    systems.answered(run, plan, parts, examples, notes)
+    return systems.answered(run, plan, parts, examples, notes)
 
 
 def _asked(run: Run) -> tuple[Plan, Parts, list[Example], tuple[str, ...]]:

@@ -143,7 +143,7 @@ def _listing(spec: Model) -> str:
 def importing() -> Iterator[None]:
     """While open, Python looks for no garbage, and never again among what is there at the end.
 
-    Importing torch, Transformers and TRL makes more than a million objects that stay; a fifth of the time went there.
+    Importing torch, Transformers and TRL makes more than a million objects that stay; a quarter of the time went there.
     """
     was_on = gc.isenabled()
     gc.disable()

@@ -71,6 +71,8 @@ class Plan(Spec):
     """Tokens in one scoring batch: the recipe's, or fewer where those would not fit."""
     loads_on_host: bool = False
     """Weights are read into the host's memory before they are shared out, since no GPU holds them whole."""
+    ran_out: bool = False
+    """It was made after one before it had run out of memory."""
     memory: Estimate | None
     """None where the model's shape is not known before it is loaded."""
     layer_parameters: int | None

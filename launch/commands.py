@@ -128,7 +128,8 @@ def check(*, recipe: str, overrides: list[str]) -> int:
     print(f"{path}: no faults\n")
     tables.show(tables.data_counts(parts))
     print("", *(notes or ("no text, and no near twin of one, stands in two parts",)), sep="\n")
-    print(*(["", *told] if told else []), sep="\n", end="\n" if told else "")
+    if told:
+        print("", *told, sep="\n")
     return DONE
 
 

@@ -13,8 +13,6 @@ ADVICE = (
     "nothing is left to lower; use a larger GPU or fewer processes, a smaller model, model.quantization=nf4, "
     "or a smaller prompt.max_tokens"
 )
-RAN_OUT = "out of memory before: "
-"""Before the reason of a lowered plan."""
 
 
 def lowered(plan: Plan, stage: Literal["train", "evaluate"]) -> tuple[Plan, str] | None:
@@ -34,6 +32,7 @@ def lowered(plan: Plan, stage: Literal["train", "evaluate"]) -> tuple[Plan, str]
     if after is None:
         return None
     changes = {
+        "ran_out": True,
         "micro_batch": after.micro_batch,
         "accumulation": each // after.micro_batch,
         "gradient_checkpointing": after.checkpointing,
@@ -48,7 +47,7 @@ def lowered(plan: Plan, stage: Literal["train", "evaluate"]) -> tuple[Plan, str]
     if before.dequantize and not after.dequantize:
         said += ", weights kept in 4 bits"
     said += f" (the steps are the same), scoring batches of {after.batch_tokens} tokens"
-    return plan.model_copy(update={**changes, "reasons": (*plan.reasons, f"{RAN_OUT}{said}")}), said
+    return plan.model_copy(update={**changes, "reasons": (*plan.reasons, f"out of memory before: {said}")}), said
 
 
 def _less(recipe: Recipe, place: Place, each: int, before: Fit) -> Fit | None:

@@ -10,7 +10,7 @@ from finllm.plan import Plan, decide
 from finllm.recipe import BY_DEEPSPEED, SHARDED, Recipe
 from finllm.run import Run, State
 from finllm.yamlfile import Document
-from launch.lowering import RAN_OUT, lowered
+from launch.lowering import lowered
 from launch.show import called
 
 CHANGEABLE = ("resources.", "distributed.", "train.micro_batch=", "train.gradient_checkpointing=")
@@ -59,14 +59,14 @@ def _changed(before: Plan, overrides: Sequence[str]) -> Recipe:
 def _as_low(before: Plan, after: Plan, overrides: Sequence[str]) -> Plan:
     """No more memory than what was left of a plan for such GPUs after they had run out of it; the user may know better."""
     asked = any(text.startswith(("train.micro_batch=", "train.gradient_checkpointing=")) for text in overrides)
-    if asked or after.gpu != before.gpu or not any(reason.startswith(RAN_OUT) for reason in before.reasons):
+    if asked or after.gpu != before.gpu or not before.ran_out:
         return after
     while after.micro_batch > before.micro_batch or before.gradient_checkpointing > after.gradient_checkpointing:
         found = lowered(after, "train")
         if found is None:
             break
         after, _ = found
-    return after
+    return after.model_copy(update={"ran_out": True})  # for the next time
 
 
 def _refuse(run: Run, before: Plan, after: Plan) -> None:

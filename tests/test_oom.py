@@ -291,6 +291,8 @@ def test_another_number_of_processes_does_not_forget_that_memory_ran_out(recipe:
     after = Plan.of(run)
     assert (after.processes, after.micro_batch, after.gradient_checkpointing) == (2, 1, True)
     assert after.processes * after.micro_batch * after.accumulation == plan.micro_batch * plan.accumulation
+    replan(run, ("resources.cpu_processes=1",))  # nor does the time after that
+    assert (Plan.of(run).micro_batch, Plan.of(run).gradient_checkpointing) == (1, True)
     replan(run, ("train.micro_batch=2", "train.gradient_checkpointing=auto"))  # who asks for more shall have it
     assert (Plan.of(run).micro_batch, Plan.of(run).gradient_checkpointing) == (2, False)
     plan.save(run)

@@ -82,7 +82,8 @@ def gather_by_layer(model: Any) -> None:
 def compute_again_without_hooks(layer: type[torch.nn.Module]) -> None:
     """Let checkpointing repeat a layer's `forward` alone, as Transformers 5.23 does; 5.17 repeats the whole call.
 
-    ZeRO-3's hooks would run in it, gather the weights once more, and give none back before the pass has ended.
+    ZeRO-3's hooks would run in it, gather the weights once more, and give none back before the pass has ended. The class
+    itself is changed, for as long as the process lives, which trains under ZeRO-3 and does nothing else.
     """
     if layer.__call__ is torch.nn.Module.__call__:
         return
