@@ -12,7 +12,6 @@ small model under every strategy. Each system runs in processes of its own; what
 
 import argparse
 import json
-import math
 import os
 import shutil
 import statistics
@@ -30,6 +29,8 @@ ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes/sft/mistral-7b-v0.1-phrasebank.yaml"
 EACH = 32
 """Examples of a GPU in a step."""
+SEED = 1
+"""The first from 0 under which a run's largest micro-batch is among the first 24 steps, so that peaks are a whole run's."""
 ONE_B = {**SHAPE, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
          "num_key_value_heads": 8}  # fmt: skip
 """Llama-3.2-1B's layers."""
@@ -130,7 +131,8 @@ def trained(bench: Bench, name: str, system: System) -> dict[str, Any]:
     model = str(bench.small if system.small else bench.weights)
     steps = f"train.max_steps={min(system.steps, 4) if bench.tiny else system.steps}"
     slug = "".join(c if c.isalnum() else "-" for c in name)
-    run = bench.prepared(slug, model, system.gpus, system.strategy, (*system.overrides, steps))
+    overrides = (*system.overrides, steps, f"train.seed={SEED}")
+    run = bench.prepared(slug, model, system.gpus, system.strategy, overrides)
     plan = Plan.of(run)
     if system.by_hosts:
         plan = plan.model_copy(update={"loads_on_host": True})
@@ -145,16 +147,16 @@ def trained(bench: Bench, name: str, system: System) -> dict[str, Any]:
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     paces = [line["train/examples_per_s"] for line in lines if "train/examples_per_s" in line]
     peak = max(line.get("train/memory_gib", 0) for line in lines)
-    said, tokens = None if system.by_hosts else plan.memory, largest(plan)  # those were planned for GPUs that read them
-    estimate = said and said.allocated
+    said = None if system.by_hosts else plan.memory  # those were planned for GPUs that read them
+    tokens = largest(plan)
     return {
         "strategy": plan.strategy,
         "examples_per_s": round(statistics.median(paces[2:] or paces), 1),
         "peak_gib": round(peak, 2),
-        "estimate_gib": estimate and round(estimate, 2),
-        "estimate_here_gib": said and round(estimate - said.activations * (1 - min(1, tokens / said.tokens)), 2),
+        "estimate_gib": said and round(said.allocated, 2),
         "tokens_planned": said and said.tokens,
-        "tokens_here": tokens,
+        "tokens_of_run": tokens.of_run,
+        "tokens_here": tokens.of_steps,
         "micro_batch": plan.micro_batch,
         "gradient_checkpointing": plan.gradient_checkpointing,
         "hand_written": plan.hand_written,
@@ -180,7 +182,8 @@ def evaluated(bench: Bench, gpus: int) -> dict[str, Any]:
     rows = {p.id: list(p.probabilities) for p in answers.predictions}
     assert len(rows) == len(answers.predictions), "a row was answered twice"
     (bench.runs / f"answers-{gpus}.json").write_text(json.dumps(rows))
-    found = {"seconds": round(answers.seconds, 3), "rows": len(rows)}
+    pace = round(len(rows) / answers.seconds, 1)
+    found = {"seconds": round(answers.seconds, 3), "rows": len(rows), "examples_per_s": pace}
     other = bench.runs / f"answers-{3 - gpus}.json"
     if other.is_file():
         theirs = json.loads(other.read_text())
@@ -209,7 +212,7 @@ def with_ratios(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     for name, row in found.items():
         told = False
         for peer in PEERS.get(name, ()):
-            speed, other = _speed(row), _speed(found.get(peer, {}))
+            speed, other = row.get("examples_per_s"), found.get(peer, {}).get("examples_per_s")
             if speed and other:
                 shown = f"{name} against {peer}" if told else name
                 rows.append({"name": shown, "peer": peer, "ratio": round(speed / other, 2), **row})
@@ -217,11 +220,6 @@ def with_ratios(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         if not told:
             rows.append({"name": name, "peer": None, "ratio": None, **row})
     return rows
-
-
-def _speed(row: dict[str, Any]) -> float:
-    """Examples a second, or evaluations; 0 where neither was measured."""
-    return float(row.get("examples_per_s") or 1 / row.get("seconds", math.inf))
 
 
 def measure(bench: Bench, name: str) -> dict[str, Any]:

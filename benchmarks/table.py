@@ -30,7 +30,7 @@ FILES: dict[str, tuple[str, Callable[[float], str]]] = {
     "h200_sft.json": ("{gpu}, training", share),
     "h200_dpo.json": ("{gpu}, DPO, pairs", share),
     "h200_scoring.json": ("{gpu}, scoring", share),
-    "h200x2.json": ("2 x {gpu}, training", share),
+    "h200x2.json": ("2 x {gpu}", share),
     "cpu.json": ("CPU", times),
 }
 """What was measured, and what a row's `limit_ratio` means there."""

@@ -273,14 +273,15 @@ SHARED_OUT = {
 
 @pytest.mark.parametrize("name", SHARED_OUT)
 def test_the_estimate_is_near_the_peaks_on_two_gpus(name: str) -> None:
-    """Of benchmarks/h200x2.py, for the tokens that its steps had; of a large model under fsdp the peak is loading."""
+    """Of benchmarks/h200x2.py, whose steps had the run's largest micro-batch; of a large model under fsdp it is loading."""
     rows = json.loads((Path(__file__).parents[1] / "benchmarks/results/h200x2.json").read_text())
     row = next(row for row in rows if row["name"] == name)
     shape = replace(MISTRAL, vocabulary=49_152)
     if "1B" in name:
         shape = replace(shape, hidden=2048, intermediate=8192, layers=16, head_size=64)
     how = SHARED_OUT[name]
-    found = estimate(shape, how, _stream(32, 26, row["tokens_here"]), _stream(224, 26, 8222))
+    assert row["tokens_here"] == row["tokens_of_run"]
+    found = estimate(shape, how, _stream(32, 26, row["tokens_planned"]), _stream(224, 26, 8222))
     assert found.allocated == pytest.approx(row["peak_gib"], rel=0.15)
     loading = loading_bytes(shape, how) / GIB
     assert (loading == pytest.approx(found.allocated, rel=1e-3)) == (name in {"fsdp, bf16", "fsdp, NF4"})

@@ -1,6 +1,7 @@
 """The pace that a plan expects: against what was measured, and by what is sent between GPUs."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,11 @@ def test_what_is_sent_follows_from_the_strategy() -> None:
     assert four_bit < 0.4 * traffic(MISTRAL, setting(8, "fsdp"), 1)
 
 
-@pytest.mark.parametrize(("strategy", "measured"), [("zero2", 195.7), ("fsdp", 129.7), ("zero3", 81.4)])
-def test_two_gpus_that_share_are_as_fast_as_was_measured(strategy: Strategy, measured: float) -> None:
+@pytest.mark.parametrize("strategy", ["zero2", "fsdp", "zero3"])
+def test_two_gpus_that_share_are_as_fast_as_was_measured(strategy: Strategy) -> None:
     """By benchmarks/h200x2.py, on a bf16 base."""
+    rows = json.loads((ROOT / "benchmarks/results/h200x2.json").read_text())
+    measured = next(row["examples_per_s"] for row in rows if row["name"] == f"{strategy}, bf16")
     pace = expected(MISTRAL, setting(2, strategy), MEASURED, gpu="NVIDIA H200", nodes=1, network_gbit=None)
     assert pace is not None
     assert pace.bound == "starting kernels"
