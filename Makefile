@@ -22,7 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "$(VENV) is incomplete; making it anew"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV) && $(call install_packages) && $(call packages_work) && echo "mended"; }
 	@touch $@
 
-install_packages = $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+# pip would compile 20,000 modules on one core: two minutes more.
+install_packages = $(PY) -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]' && \
+  { $(PY) -m compileall -qq -j 0 $(VENV)/lib || true; }
 packages_work = $(PY) -m pip check --quiet && $(PY) -c 'import torch, transformers, trl, peft, bitsandbytes, datasets, wandb, sklearn'
 
 demo: $(STAMP)
@@ -31,6 +33,8 @@ demo: $(STAMP)
 # The tests on SLURM wait most of their time; the others use it, a file on each core (those of a GPU one after the other).
 # One thread each: two would take each other's core.
 test: export OMP_NUM_THREADS = 1
+# We compile nothing, but bitsandbytes would import torch's compiler: 1.7 s of each of a few hundred processes.
+test: export TORCHDYNAMO_DISABLE = 1
 test: $(STAMP)
 	@$(PY) -m pytest tests/slurm >.slurm-tests.log 2>&1 & on_slurm=$$!; \
 	  $(PY) -m pytest tests --ignore tests/slurm -m 'not gpu' --dist loadfile --no-loadscope-reorder -n logical --maxprocesses 8; here=$$?; \

@@ -139,7 +139,7 @@ def trained(bench: Bench, name: str, system: System) -> dict[str, Any]:
         plan.save(run)
     if system.trl:
         command = list(plan.commands["train"])
-        at = command.index("-m", command.index("launch"))
+        at = command.index("-m", command.index("--config_file"))
         child = [*command[:at], str(Path(__file__).with_name("h200x2_trl.py")), str(run.folder)]
         answer = bench.run(child, system.gpus)
         return json.loads(next(line for line in answer.splitlines() if line.startswith("RESULT "))[7:])

@@ -25,6 +25,9 @@ from finllm.shapes import shape_of
 from finllm.strategies import Choice, Considered
 from finllm.yamlfile import Spec
 
+ACCELERATE = "accelerate.commands.launch"
+"""The module behind `accelerate launch`; that command also imports what its other ones need, 1.5 s."""
+
 
 class Rows(Spec):
     """Number of examples in each part."""
@@ -290,7 +293,7 @@ def _commands(recipe: Recipe, folder: Path, python: str, evaluators: int) -> dic
     run = Run(folder)
 
     def by_accelerate(configuration: Path) -> tuple[str, ...]:
-        return (python, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(configuration))
+        return (python, "-m", ACCELERATE, "--config_file", str(configuration))
 
     start = by_accelerate(run.accelerate_evaluation) if evaluators > 1 else (python,)
     evaluate = (*start, "-m", "finllm.evaluate", str(folder))

@@ -277,7 +277,7 @@ class Node(Here):
 
 def with_rank(command: Sequence[str], host: str, port: int | str, rank: int | str) -> tuple[str, ...]:
     """A command of `accelerate launch` as one of several nodes starts it."""
-    at = list(command).index("-m", list(command).index("launch"))
+    at = list(command).index("-m", list(command).index("--config_file"))
     meeting = ("--main_process_ip", host, "--main_process_port", str(port), "--machine_rank", str(rank))
     return (*command[:at], *meeting, *command[at:])
 

@@ -1,5 +1,6 @@
 """Fixtures that more than one test file needs."""
 
+import gc
 import json
 import os
 import shutil
@@ -25,6 +26,15 @@ tracking: {{wandb: disabled}}
 """
 BERT_WORDS = ["profit", "fell", "rose", "was", "flat", "the", "a", "of", "net", "sales"]
 WORDS = {"negative": "Losses", "neutral": "Meetings", "positive": "Profits"}
+
+
+gc.disable()  # while test files import torch and Transformers, whose million objects stay
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is looked for again, not among what has been imported."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

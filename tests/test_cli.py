@@ -315,7 +315,9 @@ def test_a_log_is_shown_as_a_terminal_would_show_it(small: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_predict_answers_line_by_line(tmp_path: Path) -> None:
+def test_predict_answers_line_by_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Arguments, a file or standard input; empty lines keep their place, tabs inside a text do not."""
     texts = tmp_path / "texts.txt"
     texts.write_text("Profit rose 20%\n\nZürich Re\tcut its dividend\n", encoding="utf-8")
@@ -324,10 +326,12 @@ def test_predict_answers_line_by_line(tmp_path: Path) -> None:
     rows = [line.split("\t") for line in from_file.stdout.splitlines()]
     assert [text for _, _, text in rows] == ["Profit rose 20%", "", "Zürich Re cut its dividend"]
     assert all(label in ("negative", "neutral", "positive") and 0.33 < float(sure) <= 1 for label, sure, _ in rows)
-    from_stdin = finllm("predict", "smollm2-135m", stdin=texts.read_text(encoding="utf-8"))
-    assert from_stdin.stdout == from_file.stdout
-    as_json = finllm("predict", "smollm2-135m", "--json", "Profit rose 20%", "--", "-5% in a day")
-    first, second = map(json.loads, as_json.stdout.splitlines())
+    with texts.open(encoding="utf-8") as given:
+        monkeypatch.setattr("sys.stdin", given)
+        assert cli.main(["predict", "smollm2-135m"]) == 0
+    assert capsys.readouterr().out == from_file.stdout
+    assert cli.main(["predict", "smollm2-135m", "--json", "Profit rose 20%", "--", "-5% in a day"]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert (first["text"], first["sentiment"]) == ("Profit rose 20%", rows[0][0])
     assert second["text"] == "-5% in a day"
     assert sum(second["probabilities"].values()) == pytest.approx(1)

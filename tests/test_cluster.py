@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from finllm.errors import RecipeError
+from finllm.plan import ACCELERATE
 from finllm.run import State, Status, create
 from launch import cluster, slurm, submission
 from launch.cli import main
@@ -123,8 +124,7 @@ def test_every_node_gets_its_rank() -> None:
     command = (
         sys.executable,
         "-m",
-        "accelerate.commands.accelerate_cli",
-        "launch",
+        ACCELERATE,
         "--config_file",
         "a b",
         "-m",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from finllm.machine import Machine
-from finllm.plan import Plan, Rows, decide
+from finllm.plan import ACCELERATE, Plan, Rows, decide
 from finllm.recipe import load
 from finllm.run import Run, State, create
 from launch import local, tether
@@ -317,7 +317,7 @@ def test_no_worker_of_a_real_accelerate_launch_lives_on(make: Make) -> None:
     run = make(train=STUBBORN, evaluate=EVALUATE)
     plan = Plan.of(run).model_copy(update={"processes": 2, "strategy": "ddp"})
     script = plan.commands["train"][1]
-    launcher = ("-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(run.accelerate))
+    launcher = ("-m", ACCELERATE, "--config_file", str(run.accelerate))
     command = (sys.executable, *launcher, script, str(run.folder))
     plan.model_copy(update={"commands": {"train": command}}).save(run)
     launched = begin(run)
