@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from finllm import choices, machine, pace, strategies
-from finllm.distributed import accelerate_yaml, deepspeed_config
+from finllm.distributed import ACCELERATE, accelerate_yaml, deepspeed_config
 from finllm.errors import RecipeError
 from finllm.files import read_model, write_json, write_text
 from finllm.fitting import Place, too_large_to_load
@@ -24,9 +24,6 @@ from finllm.run import Run
 from finllm.shapes import shape_of
 from finllm.strategies import Choice, Considered
 from finllm.yamlfile import Spec
-
-ACCELERATE = "accelerate.commands.launch"
-"""The module behind `accelerate launch`; that command also imports what its other ones need, 1.5 s."""
 
 
 class Rows(Spec):

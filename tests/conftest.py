@@ -28,6 +28,7 @@ BERT_WORDS = ["profit", "fell", "rose", "was", "flat", "the", "a", "of", "net", 
 WORDS = {"negative": "Losses", "neutral": "Meetings", "positive": "Profits"}
 
 
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tests/site"), os.environ.get("PYTHONPATH")]))
 gc.disable()  # while test files import torch and Transformers, whose million objects stay
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from finllm.distributed import ACCELERATE
 from finllm.errors import RecipeError
-from finllm.plan import ACCELERATE
 from finllm.run import State, Status, create
 from launch import cluster, slurm, submission
 from launch.cli import main

@@ -20,7 +20,7 @@ from finllm.files import write_json
 from finllm.journal import history
 from finllm.lengths import Lengths
 from finllm.machine import Gpu, Machine
-from finllm.plan import ACCELERATE, Plan, Rows, decide
+from finllm.plan import Plan, Rows, decide
 from finllm.recipe import SHARDED, Recipe, Strategy
 from finllm.run import Run, State, create
 from finllm.training import sharded
@@ -374,7 +374,7 @@ def test_an_evaluation_makes_do_with_the_gpus_that_are_there(tmp_path: Path, mon
     run = create(tmp_path, "run")
     plan(run.folder.parent, 4).save(run)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    for there, command in ((4, ACCELERATE), (2, ACCELERATE), (1, "finllm.evaluate")):
+    for there, command in ((4, distributed.ACCELERATE), (2, distributed.ACCELERATE), (1, "finllm.evaluate")):
         monkeypatch.setattr("finllm.machine._nvidia_smi", lambda there=there: (H100,) * there)
         replanning.fit_evaluation(run)
         assert (Plan.of(run).evaluators, Plan.of(run).processes) == (there, 4)

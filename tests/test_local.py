@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from finllm.distributed import ACCELERATE
 from finllm.machine import Machine
-from finllm.plan import ACCELERATE, Plan, Rows, decide
+from finllm.plan import Plan, Rows, decide
 from finllm.recipe import load
 from finllm.run import Run, State, create
 from launch import local, tether

@@ -337,7 +337,6 @@ def on_cluster(
         patch.setenv("SLURM_CONF", str(cluster.conf))
         patch.setenv("FINLLM_RUNS", str(here / 'my "quick" runs, it\'s'))
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONPATH", str(Path(__file__).with_name("site")))
         patch.chdir(here)
         yield patch
     left = cluster.clear() | bare_cluster.clear()
