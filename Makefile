@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "$(VENV) is incomplete; making it anew"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV) && $(call install_packages) && $(call packages_work) && echo "mended"; }
 	@touch $@
 
-# pip would compile 20,000 modules on one core: two minutes more.
+# pip would compile 20,000 modules on one core, a minute longer. One of torch's is for a later Python, which does no harm.
 install_packages = $(PY) -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]' && \
   { $(PY) -m compileall -qq -j 0 $(VENV)/lib || true; }
 packages_work = $(PY) -m pip check --quiet && $(PY) -c 'import torch, transformers, trl, peft, bitsandbytes, datasets, wandb, sklearn'
