@@ -33,8 +33,6 @@ demo: $(STAMP)
 # The tests on SLURM wait most of their time; the others use it, a file on each core (those of a GPU one after the other).
 # One thread each: two would take each other's core.
 test: export OMP_NUM_THREADS = 1
-# We compile nothing, but bitsandbytes would import torch's compiler: 1.7 s of each of a few hundred processes.
-test: export TORCHDYNAMO_DISABLE = 1
 test: $(STAMP)
 	@$(PY) -m pytest tests/slurm >.slurm-tests.log 2>&1 & on_slurm=$$!; \
 	  $(PY) -m pytest tests --ignore tests/slurm -m 'not gpu' --dist loadfile --no-loadscope-reorder -n logical --maxprocesses 8; here=$$?; \

@@ -21,7 +21,8 @@ STARTING = {"zero2": 0.0076, "fsdp": 0.0111, "zero3": 0.0201}
 """Seconds for a decoder layer and pass, forward and back, that no smaller model or batch undercuts, as the processor takes
 them to start the kernels and collectives: measured on two H200s with a 7B shape (h200x2.json)."""
 AGAIN = 2.0
-"""Times that, where a layer of 4-bit weights is computed again: 2.2 under fsdp and 1.7 under zero3 (h200x2.json)."""
+"""Times that, where layers are computed again: 2.2 under fsdp and 1.7 under zero3, of 4-bit weights (h200x2.json); of others
+it was not measured, and will be less."""
 WIRE_SHARE = 0.8
 """Of a wire's peak, what collectives reach: assumed."""
 
