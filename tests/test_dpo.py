@@ -534,14 +534,14 @@ fsdp_config:
   fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
   fsdp_cpu_ram_efficient_loading: false
 """
-ZERO_3 = "distributed_type: DEEPSPEED\nuse_cpu: false\ndeepspeed_config: {zero_stage: 3, zero3_init_flag: false}\n"
+ZERO = "distributed_type: DEEPSPEED\nuse_cpu: false\ndeepspeed_config: {zero_stage: STAGE, zero3_init_flag: false}\n"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "configuration",
-    ["distributed_type: MULTI_GPU\nuse_cpu: true\n", FSDP, ZERO_3],
-    ids=["ddp", "fsdp", "zero3"],
+    ["distributed_type: MULTI_GPU\nuse_cpu: true\n", FSDP, ZERO.replace("STAGE", "2"), ZERO.replace("STAGE", "3")],
+    ids=["ddp", "fsdp", "zero2", "zero3"],
 )
 def test_two_processes_take_the_steps_of_one(whole: Run, preferring: Path, tmp_path: Path, configuration: str) -> None:
     """Each asks the reference of its share of the pairs; losses, rewards and weights are those of one process.
