@@ -65,7 +65,6 @@ def train(
     try:
         source = given if isinstance(given, Recipe) else Path(given)
         run, plan = _prepare(source, overrides, processes, name, Path(runs or RUNS))
-        _refuse_several_gpus(plan)
         stopped_by = _train(run, plan, processes, listens=False)
     except BaseException as error:  # the caller gets it; the run folder must say why, too
         if run is not None:
@@ -73,16 +72,6 @@ def train(
         raise
     _say_the_end(run, stopped_by)
     return run
-
-
-def _refuse_several_gpus(plan: Plan) -> None:
-    import torch
-
-    if plan.device == "cuda" and torch.cuda.device_count() > 1:
-        raise RunError(
-            f"{torch.cuda.device_count()} GPUs can be seen, and one process trains on one: set CUDA_VISIBLE_DEVICES=0 "
-            "before Python starts, or use `finllm launch`, which starts a process for each"
-        )
 
 
 def _prepare(
