@@ -92,7 +92,7 @@ def score(
         return engine.log_probabilities(
             prompts, answers, batch_tokens=batch_tokens, adapted=_adapted(model), steps=steps, turns=turns
         )
-    if base_of(model).device.type == "cpu":
+    if device_of(base_of(model)).type == "cpu":
         batch_tokens = min(batch_tokens, MOST_ON_CPU)
     shared = shared_length(prompts)
     if not sees_all(model, max(map(len, prompts)) + max(map(len, answers))):
@@ -125,7 +125,7 @@ def probabilities(log_probabilities: NDArray[np.float64]) -> NDArray[np.float64]
 
 def engine_of(model: Any) -> Engine | None:
     """The hand-written passes, where there is a GPU and they know the model's layers."""
-    on_gpu = base_of(model).device.type == "cuda"
+    on_gpu = device_of(base_of(model)).type == "cuda"
     return Engine(model) if on_gpu and unsupported(model) is None else None
 
 
@@ -174,6 +174,14 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def device_of(base: Any) -> torch.device:
+    """Where a model computes; its weights may be elsewhere, where FSDP keeps its parts in the host's memory."""
+    mesh = getattr(next(base.parameters()), "device_mesh", None)
+    if mesh is not None and mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return base.device  # type: ignore[no-any-return]
+
+
 def batches_of(lengths: list[int], extra: int, batch_tokens: int) -> Iterator[list[int]]:
     """Indices in batches of like length, each at most `batch_tokens` with padding (but at least one row)."""
     batch: list[int] = []
@@ -193,7 +201,7 @@ def keys_and_values(model: Any, ids: list[int]) -> list[tuple[torch.Tensor, torc
     base = base_of(model)
     cache = DynamicCache(config=base.config)
     with autocast(base):
-        base.get_decoder()(torch.tensor([ids], device=base.device), past_key_values=cache, use_cache=True)
+        base.get_decoder()(torch.tensor([ids], device=device_of(base)), past_key_values=cache, use_cache=True)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
@@ -208,6 +216,7 @@ def _score_batch(
     from transformers import DynamicCache
 
     base = base_of(model)
+    device = device_of(base)
     rows, branch = len(prompts), len(tree.tokens)
     lengths = torch.tensor([len(p) - shared for p in prompts])
     longest = int(lengths.max())
@@ -217,18 +226,18 @@ def _score_batch(
     positions = (shared + torch.arange(longest + branch)).repeat(rows, 1)
     ids[:, longest:] = torch.tensor(tree.tokens, dtype=torch.long)
     positions[:, longest:] = shared + lengths[:, None] + torch.tensor(tree.depths, dtype=torch.long)
-    mask = _mask(lengths, longest, shared, tree).to(base.device) if branch else None
+    mask = _mask(lengths, longest, shared, tree).to(device) if branch else None
     cache = DynamicCache(config=base.config)
     for layer, (keys, values) in enumerate(prefix):
         cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
     wanted = torch.cat([(lengths - 1)[:, None], longest + torch.arange(branch).expand(rows, -1)], dim=1)
-    places = (wanted + (longest + branch) * torch.arange(rows)[:, None]).flatten().to(base.device)
-    wanted = wanted.to(base.device)
+    places = (wanted + (longest + branch) * torch.arange(rows)[:, None]).flatten().to(device)
+    wanted = wanted.to(device)
     with autocast(base), last_layer.only(base, places):
         hidden = (
             base.get_decoder()(
-                ids.to(base.device),
-                position_ids=positions.to(base.device),
+                ids.to(device),
+                position_ids=positions.to(device),
                 attention_mask=mask,
                 past_key_values=cache if prefix else None,
                 use_cache=bool(prefix),
@@ -265,4 +274,4 @@ def _mask(lengths: torch.Tensor, longest: int, shared: int, tree: Trie) -> torch
 def autocast(base: Any) -> torch.autocast:
     """bf16 arithmetic where the weights are bf16 (LoRA adapters are fp32); none elsewhere."""
     kind = base.get_output_embeddings().weight.dtype
-    return torch.autocast(base.device.type, dtype=torch.bfloat16, enabled=kind == torch.bfloat16)
+    return torch.autocast(device_of(base).type, dtype=torch.bfloat16, enabled=kind == torch.bfloat16)

@@ -52,6 +52,8 @@ def train(run: Run, plan: Plan, stop: StopRequests, *, rank: int, local_rank: in
     rows = method.encode(items, prompter, recipe)
     handwritten.unpack_if_roomy(loaded.model, rows, plan, is_main=rank == 0)
     model = models.trainable(loaded.model, recipe.lora, recipe.train.seed, init)
+    if recipe.distributed.offload:
+        sharded.use_all_cores()
     if plan.strategy == "zero3":
         sharded.gather_by_layer(model)
     tracker = tracking.start(run, plan, "train", main=rank == 0)

@@ -66,6 +66,13 @@ class Shared:
         self.accelerator.wait_for_everyone()
 
 
+def use_all_cores() -> None:
+    """For steps that the host takes: torchrun gives each process one core, unless $OMP_NUM_THREADS says otherwise."""
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
+
+
 def gather_by_layer(model: Any) -> None:
     """Tell ZeRO-3 to gather a decoder layer's weights at once, as FSDP does.
 
