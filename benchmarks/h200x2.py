@@ -35,6 +35,7 @@ ONE_B = {**SHAPE, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_la
          "num_key_value_heads": 8}  # fmt: skip
 """Llama-3.2-1B's layers."""
 BF16, NF4 = ("model.quantization=none",), ("train.gradient_checkpointing=true",)
+OFFLOADED = ("distributed.offload=true",)
 ALL = ("model.quantization=none", "lora=null", "train.learning_rate=1e-5", "train.gradient_checkpointing=false")
 
 
@@ -68,9 +69,15 @@ SYSTEMS = {
     "zero3, bf16, read by hosts": System(2, "zero3", BF16, by_hosts=True),
     "ddp, NF4": System(2, "ddp", NF4),
     "fsdp, NF4": System(2, "fsdp", NF4),
+    "zero2, NF4": System(2, "zero2", NF4),
     "zero3, NF4": System(2, "zero3", NF4),
+    "zero2, bf16, offloaded": System(2, "zero2", (*BF16, *OFFLOADED)),
+    "fsdp, bf16, offloaded": System(2, "fsdp", (*BF16, *OFFLOADED)),
+    "zero3, bf16, offloaded": System(2, "zero3", (*BF16, *OFFLOADED)),
     "zero2, 1B, all weights": System(2, "zero2", ALL, small=True),
     "fsdp, 1B, all weights": System(2, "fsdp", ALL, small=True),
+    "zero2, 1B, all weights, offloaded": System(2, "zero2", (*ALL, *OFFLOADED), small=True),
+    "fsdp, 1B, all weights, offloaded": System(2, "fsdp", (*ALL, *OFFLOADED), small=True),
 }
 EVALUATIONS = {"evaluation, one GPU": 1, "evaluation, two GPUs": 2}
 CURVES = {"losses, one GPU": (1, "single"), **{f"losses, {s}": (2, s) for s in ("ddp", "fsdp", "zero2", "zero3")}}

@@ -117,7 +117,7 @@ def deepspeed(installed: bool, tools: dict[str, bool]) -> Finding:
     if missing:
         mend = {"c++": "sudo apt-get install g++", "ninja": "pip install ninja",
                 "nvcc": "module load cuda, or export CUDA_HOME=/usr/local/cuda"}  # fmt: skip
-        said = f"{', '.join(missing)} not found: operators that it compiles, as for CPU offload, fail"
+        said = f"{', '.join(missing)} not found: operators that it compiles, such as its CPU optimizer, fail"
         return Finding("DeepSpeed", "warning", said, "; ".join(mend[name] for name in missing))
     return Finding("DeepSpeed", "ok", f"installed, with {', '.join(tools)} to compile")
 

@@ -42,6 +42,8 @@ class Place:
     scored_texts: int | None
     """Texts in the larger of the scored parts; None where they are not counted."""
     hand_written: bool
+    main_gib: float | None = None
+    """Main memory that all processes share; None where it is not known."""
 
     @property
     def limit(self) -> float | None:

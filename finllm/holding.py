@@ -70,9 +70,19 @@ def loading_bytes(shape: Shape, how: Setting) -> float:
     if how.strategy not in APART:
         return 0.0
     factors = 0 if how.lora is None or not how.trains else 4 * lora_parameters(shape, how.lora)
-    # Accelerate keeps the whole weights until FSDP has made its parts; DeepSpeed frees each as it is divided.
-    parts = 1 / how.processes if how.strategy == "fsdp" else 0.0
+    # Accelerate keeps the whole weights until FSDP has made its parts; DeepSpeed frees each as it is divided. Parts that go
+    # to the host are not beside them; where all weights are trained, the peak was that of parts that are (h200x2.json).
+    gone = how.strategy != "fsdp" or (how.offload and how.lora is not None)
+    parts = 0.0 if gone else 1 / how.processes
     return (1 + parts) * whole_weight_bytes(shape, how) + factors
+
+
+def offloaded_bytes(shape: Shape, how: Setting) -> float:
+    """Bytes that a process puts into the host's memory with `offload`, at least: its part of states, gradients, weights."""
+    weights = whole_weight_bytes(shape, how) if how.strategy in APART else 0.0
+    trained = shape.parameters if how.lora is None else lora_parameters(shape, how.lora)
+    in_weights = 4 if how.strategy == "fsdp" and how.all_weights else 0
+    return (weights + (4 + 4 + 8 - in_weights) * trained) / how.processes  # fp32 masters, gradients, AdamW's moments
 
 
 def gathered_bytes(shape: Shape, how: Setting) -> float:

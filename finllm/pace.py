@@ -20,9 +20,11 @@ BY_MODEL = 0.23
 STARTING = {"zero2": 0.0076, "fsdp": 0.0111, "zero3": 0.0201}
 """Seconds for a decoder layer and pass, forward and back, that no smaller model or batch undercuts, as the processor takes
 them to start the kernels and collectives: measured on two H200s with a 7B shape (h200x2.json)."""
-AGAIN = 2.0
-"""Times that, where layers are computed again: 2.2 under fsdp and 1.7 under zero3, of 4-bit weights (h200x2.json); of others
-it was not measured, and will be less."""
+AGAIN = 1.75
+"""Times that, where layers are computed again: under zero3, of 4-bit weights (h200x2.json)."""
+UNPACKING = 0.0244
+"""Seconds for a layer and pass that a model's own passes through 4-bit weights do not undercut, computed again: the same under
+zero2 and fsdp (h200x2.json), so it is bitsandbytes' layers that take them."""
 WIRE_SHARE = 0.8
 """Of a wire's peak, what collectives reach: assumed."""
 
@@ -94,17 +96,22 @@ def of(
 def expected(
     shape: Shape, how: Setting, work: Work, *, gpu: str, nodes: int, network_gbit: float | None
 ) -> Pace | None:
-    """The pace on `gpu`; None where its kind is not known, or how fast the nodes' network is (10^9 bits a second)."""
+    """The pace on `gpu`; None where its kind is not known, or how fast the nodes' network is (10^9 bits a second).
+
+    Nor is one expected of steps that the host takes, `offload`: its memory and processors decide.
+    """
     chip = next((chip for part, chip in CHIPS.items() if part in gpu), None)
-    if chip is None or how.dtype != "bf16" or (nodes > 1 and network_gbit is None):
+    if chip is None or how.dtype != "bf16" or how.offload or (nodes > 1 and network_gbit is None):
         return None
     arithmetic = operations(shape, how, work) / (chip.tflops * 1e12 * (BY_HAND if how.hand_written else BY_MODEL))
     received = traffic(shape, how, work.passes)
     local, across = how.processes // nodes, nodes
-    again = AGAIN if how.checkpointing else 1.0
+    starting = (AGAIN if how.checkpointing else 1.0) * STARTING.get(how.strategy, 0.0)
+    if how.four_bit and not how.hand_written:
+        starting = max(starting, UNPACKING)
     times: dict[Bound, float] = {
         "arithmetic": arithmetic,
-        "starting kernels": again * STARTING.get(how.strategy, 0.0) * shape.layers * work.passes,
+        "starting kernels": starting * shape.layers * work.passes,
         "links between GPUs": received * (local - 1) / local / (chip.link * 1e9 * WIRE_SHARE),
         "network between nodes": received * (across - 1) / across / ((network_gbit or 1) * 1e9 / 8 * WIRE_SHARE),
     }

@@ -161,17 +161,17 @@ def decide(
             memory_gib=min(gpu.memory_gib for gpu in here.gpus[:gpus]) if gpus else here.memory_gib,
             shape=shape_of(recipe.model),
             texts=texts,
+            main_gib=here.memory_gib if processes is None else None,  # of processes on other machines, not theirs
             scored_texts=max(rows.validation, rows.test) if rows else None,
             hand_written=choices.hand_written(recipe, here, gpus, strategy, dtype, why),
         )
 
     choice = strategies.choose(recipe, place_of, processes=count, each=each, started=started, reasons=reasons)
-    computed = _computed(recipe, choice, each, nodes, network_gbit, reasons)
     given = {"recipe": recipe, "source": source, "overrides": overrides, "texts": texts, "rows": rows}
     return Plan(
         name=folder.name,
         **given,
-        **computed,
+        **_computed(recipe, choice, each, nodes, network_gbit, reasons),
         nodes=nodes,
         evaluators=evaluators,
         steps=steps_of(recipe.train, rows.train) if recipe.train and rows else None,

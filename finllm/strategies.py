@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from finllm.choosing import fit
 from finllm.errors import RecipeError
-from finllm.fitting import Fit, Place, best
-from finllm.memory import Estimate
+from finllm.fitting import Fit, Place, best, setting
+from finllm.holding import offloaded_bytes
+from finllm.memory import GIB, Estimate
 from finllm.recipe import APART, BY_DEEPSPEED, SHARDED, Recipe, Strategy
+from finllm.shapes import Shape
 from finllm.yamlfile import Spec
 
 PREFERRED: tuple[Strategy, ...] = ("ddp", "zero2", "fsdp")
@@ -63,7 +65,20 @@ def choose(
     if wanted is None:
         reasons.append(f"strategy {strategy}: {_because(strategy, considered)}")
     reasons += why
+    if place.offload and place.shape is not None:
+        reasons.append(_offloaded(recipe, place, place.shape, chosen))
     return Choice(place, chosen, considered)
+
+
+def _offloaded(recipe: Recipe, place: Place, shape: Shape, chosen: Fit) -> str:
+    """What goes into main memory, in words; raises RecipeError where that does not hold it."""
+    held = place.processes * offloaded_bytes(shape, setting(recipe, place, chosen)) / GIB
+    if place.main_gib is not None and held > place.main_gib:
+        raise RecipeError(
+            f"distributed.offload puts {held:.1f} GiB or more into main memory, which is {place.main_gib:.1f} GiB; use "
+            f"more machines, or a larger one{'' if recipe.lora else ', or give lora a rank instead of training all weights'}"
+        )
+    return f"offload: {held:.1f} GiB or more in main memory, and up to 2.5 times that while a checkpoint is written"
 
 
 def _refuse(strategy: Strategy, processes: int) -> None:

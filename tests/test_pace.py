@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,16 @@ def test_what_is_sent_follows_from_the_strategy() -> None:
     assert four_bit < 0.4 * traffic(MISTRAL, setting(8, "fsdp"), 1)
 
 
+@pytest.mark.parametrize("base", ["bf16", "NF4"])
 @pytest.mark.parametrize("strategy", ["zero2", "fsdp", "zero3"])
-def test_two_gpus_that_share_are_as_fast_as_was_measured(strategy: Strategy) -> None:
-    """By benchmarks/h200x2.py, on a bf16 base."""
+def test_two_gpus_that_share_are_as_fast_as_was_measured(strategy: Strategy, base: str) -> None:
+    """By benchmarks/h200x2.py; nothing is expected of what the host does."""
     rows = json.loads((ROOT / "benchmarks/results/h200x2.json").read_text())
-    measured = next(row["examples_per_s"] for row in rows if row["name"] == f"{strategy}, bf16")
-    pace = expected(MISTRAL, setting(2, strategy), MEASURED, gpu="NVIDIA H200", nodes=1, network_gbit=None)
+    measured = next(row["examples_per_s"] for row in rows if row["name"] == f"{strategy}, {base}")
+    how = setting(2, strategy, **({} if base == "bf16" else {"quantization": "nf4", "checkpointing": True}))
+    pace = expected(MISTRAL, how, MEASURED, gpu="NVIDIA H200", nodes=1, network_gbit=None)
+    offloaded = expected(MISTRAL, replace(how, offload=True), MEASURED, gpu="NVIDIA H200", nodes=1, network_gbit=None)
+    assert offloaded is None
     assert pace is not None
     assert pace.bound == "starting kernels"
     assert pace.examples_per_s == pytest.approx(measured, rel=0.05)
