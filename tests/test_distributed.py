@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 from ruamel.yaml import YAML
-from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
+import launched
 from finllm import distributed
 from finllm.errors import RecipeError, RunError
 from finllm.files import write_json
-from finllm.journal import history
 from finllm.lengths import Lengths
 from finllm.machine import Gpu, Machine
 from finllm.plan import Plan, Rows, decide
@@ -26,6 +25,7 @@ from finllm.run import Run, State, create
 from finllm.training import sharded
 from finllm.training.batches import GlobalBatches, dealt
 from launch import planning, replanning, tables
+from launched import USUAL, error, figures, forget_the_end, go
 
 H100, L4 = Gpu("NVIDIA H100", 79.2, 9.0), Gpu("NVIDIA L4", 22.0, 8.9)
 TEXTS = Lengths(texts=640, mean=30.0, deviation=12.0, longest=110)
@@ -33,11 +33,11 @@ PLAIN = {"name": "mistralai/Mistral-7B-v0.1"}
 QLORA = {**PLAIN, "quantization": "nf4"}
 
 
-def plan(folder: Path, gpus: int, gpu: Gpu = H100, *, nodes: int = 1, **keys: Any) -> Plan:
+def plan(folder: Path, gpus: int, gpu: Gpu = H100, *, nodes: int = 1, main_gib: float = 128.0, **keys: Any) -> Plan:
     train = {"method": "sft", "global_batch": 32, "learning_rate": 1e-5, **keys.pop("train", {})}
     recipe = Recipe.model_validate({"model": QLORA, "data": "sample", "train": train, **keys})
     rows = Rows(train=640, validation=64, test=64)
-    here = Machine((gpu,) * gpus, 16, 128.0)
+    here = Machine((gpu,) * gpus, 16, main_gib)
     return decide(recipe, here=here, rows=rows, folder=folder / "run", source="r.yaml", texts=TEXTS, nodes=nodes)
 
 
@@ -90,6 +90,19 @@ def test_what_does_not_fit_is_refused_with_what_would_help(tmp_path: Path) -> No
     offloaded = plan(tmp_path, 2, L4, model=PLAIN, lora=None, distributed={"strategy": "fsdp", "offload": True})
     assert offloaded.memory is not None
     assert offloaded.memory.total < 10
+
+
+def test_what_is_offloaded_must_fit_into_main_memory(tmp_path: Path) -> None:
+    """16 bytes for each of 7.24 billion weights, 107.9 GiB; of a LoRA on bf16, the weights and little more."""
+    keys: dict[str, Any] = {"model": PLAIN, "distributed": {"strategy": "fsdp", "offload": True}}
+    found = plan(tmp_path, 2, lora=None, **keys)
+    assert [reason for reason in found.reasons if reason.startswith("offload: 107.9 GiB or more in main memory")]
+    with pytest.raises(
+        RecipeError, match=r"107\.9 GiB or more into main memory, which is 100\.0 GiB; .* give lora a rank"
+    ):
+        plan(tmp_path, 2, main_gib=100, lora=None, **keys)
+    assert [r for r in plan(tmp_path, 2, main_gib=100, **keys).reasons if r.startswith("offload: 14.1 GiB")]
+    assert not [r for r in plan(tmp_path, 2).reasons if r.startswith("offload")]
 
 
 @pytest.mark.parametrize(
@@ -255,52 +268,12 @@ Start = Callable[..., Run]
 def start(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
     """Prepares a run of the tests' recipe, and starts its training as the launcher does."""
     runs = tmp_path_factory.mktemp("runs")
-
-    def begin(name: str, *overrides: str, **changes: Any) -> Run:
-        usual = ("train.epochs=1", "train.evals_per_epoch=2", "train.shared_prefix=auto", "train.micro_batch=auto")
-        run = planning.prepare(str(recipe), (*usual, *overrides), name, runs)
-        if changes:
-            write_json(run.plan, Plan.of(run).model_copy(update=changes).model_dump(mode="json"))
-        go(run)
-        return run
-
-    return begin
-
-
-def go(run: Run) -> None:
-    command = Plan.of(run).commands["train"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert run.adapter.is_dir()
-
-
-def losses(run: Run) -> list[float]:
-    return [row.numbers["train/loss"] for row in history(run) if "train/loss" in row.numbers]
-
-
-def weights(folder: Path) -> torch.Tensor:
-    found = load_file(folder / "adapter_model.safetensors")
-    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
-    return torch.cat([found[name].flatten() for name in sorted(found)])
-
-
-def error(one: Path, other: Path) -> float:
-    ours, theirs = weights(one), weights(other)
-    return float((ours - theirs).norm() / theirs.norm())
+    return lambda name, *overrides, **changes: launched.start(recipe, runs, name, *USUAL, *overrides, **changes)
 
 
 @pytest.fixture(scope="module")
 def alone(start: Start) -> Run:
     return start("alone")
-
-
-def forget_the_end(run: Run) -> None:
-    """As if the run had ended after its first checkpoint."""
-    first, last = run.complete_checkpoints()
-    assert first.name == "checkpoint-4"
-    shutil.rmtree(last)
-    shutil.rmtree(run.adapter)
 
 
 @pytest.mark.slow
@@ -315,7 +288,7 @@ def test_two_processes_end_in_the_weights_of_one_and_go_on_from_a_checkpoint(
     run = start(strategy, f"distributed.strategy={strategy}", "resources.cpu_processes=2")
     assert Plan.of(run).strategy == strategy
     assert Plan.of(run).shared_prefix
-    np.testing.assert_allclose(losses(run), losses(alone), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(figures(run), figures(alone), rtol=0, atol=1e-4)
     assert error(run.adapter, alone.adapter) < 1e-5
     assert error(run.complete_checkpoints()[0], alone.adapter) > 1e-2  # the measure can tell
     forget_the_end(run)
@@ -324,14 +297,14 @@ def test_two_processes_end_in_the_weights_of_one_and_go_on_from_a_checkpoint(
         assert (Plan.of(run).processes, Plan.of(run).strategy) == (1, strategy)
     go(run)
     assert error(run.adapter, alone.adapter) < 1e-5
-    assert len(losses(run)) == 7 + 3
+    assert len(figures(run)) == 7 + 3
 
 
 @pytest.mark.slow
 def test_hand_written_passes_in_two_processes_end_in_the_weights_of_one(start: Start, alone: Run) -> None:
     """Their gradients are added up over the processes, and each loss counts the tokens of all; one can go on for two."""
     run = start("by-hand", "resources.cpu_processes=2", hand_written=True)
-    np.testing.assert_allclose(losses(run), losses(alone), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(figures(run), figures(alone), rtol=0, atol=1e-4)
     assert error(run.adapter, alone.adapter) < 1e-5
     forget_the_end(run)
     replanning.replan(run, ["resources.cpu_processes=1"])

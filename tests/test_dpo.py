@@ -1,6 +1,5 @@
 """DPO on streams: the loss, every gradient and whole runs are those of TRL's trainer on separate rows."""
 
-import json
 import math
 import os
 import random
@@ -19,10 +18,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+import launched
 from finllm.data.preferences import Preference
 from finllm.errors import RunError
 from finllm.fast.engine import Engine
-from finllm.journal import history
 from finllm.run import Run
 from finllm.shared_prefix import BRANCHES, NAME, attending, shared_length
 from finllm.training import pairs
@@ -30,6 +29,7 @@ from finllm.training.batches import GlobalBatches
 from finllm.training.dpo import Dpo, log_probabilities, refuse_another_policy
 from finllm.training.pairs import PairRow
 from finllm.training.watching import LossWatch
+from launched import figures
 
 # Checkpointing has new names in Transformers 5.23; PEFT 0.21.2, TRL 1.16 and Transformers 5.17 know only the old ones.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -434,7 +434,6 @@ def test_trls_own_trainer_saves_its_reference_beside_the_policy(tiny_model: Path
 
 
 Train = Callable[..., Run]
-CARELESS = {"negative": "positive", "positive": "negative", "neutral": "positive"}
 
 
 @pytest.fixture(scope="module")
@@ -446,34 +445,12 @@ def sft(train: Train, recipe: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def preferring(recipe: Path, sft: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DPO recipe on the rows of that run, as a user's own pairs."""
-    folder = tmp_path_factory.mktemp("dpo")
-    lines = recipe.read_text().splitlines()
-    data = next(line for line in lines if line.startswith("data:"))
-    rows = [json.loads(line) for line in Path(data.split("path: ")[1].split(",")[0]).read_text().splitlines()]
-    own = [
-        {"prompt": row["text"], "chosen": row["label"], "rejected": CARELESS[row["label"]], "agreement": "66-75"}
-        for row in rows
-        if row["split"] == "train"
-    ]
-    (folder / "own.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in own))
-    train_ = {
-        "method": "dpo", "init": str(sft.folder), "pairs": [{"name": "file", "path": str(folder / "own.jsonl")}],
-        "global_batch": 8, "learning_rate": 5e-3, "beta": 0.3, "epochs": 2, "sft_weight": 0.1,
-    }  # fmt: skip
-    path = folder / "tiny-dpo.yaml"
-    path.write_text(
-        "\n".join(line if not line.startswith("train:") else f"train: {json.dumps(train_)}" for line in lines)
-    )
-    return path
+    return launched.preferring(recipe, sft, tmp_path_factory.mktemp("dpo"))
 
 
 @pytest.fixture(scope="module")
 def whole(train: Train, preferring: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(preferring, tmp_path_factory.mktemp("whole"))
-
-
-def figures(run: Run, name: str) -> list[float]:
-    return [row.numbers[name] for row in history(run) if name in row.numbers]
 
 
 def test_a_run_goes_on_from_an_sft_run(whole: Run, sft: Run) -> None:
@@ -499,7 +476,7 @@ def test_evaluation_compares_it_with_its_base(whole: Run) -> None:
 
     evaluate(whole)
     assert whole.scores.is_file()
-    assert SentimentPredictor(whole.folder).predict("Profits today.")["sentiment"] in CARELESS
+    assert SentimentPredictor(whole.folder).predict("Profits today.")["sentiment"] in launched.OTHER
 
 
 def test_the_policy_begins_as_its_reference_on_a_quantised_base(train: Train, preferring: Path, tmp_path: Path) -> None:
