@@ -48,14 +48,15 @@ def figures(run: Run, name: str = "train/loss") -> list[float]:
 
 
 def weights(folder: Path) -> torch.Tensor:
-    """All of an adapter in PEFT's format, which must be fp32."""
-    found = load_file(folder / "adapter_model.safetensors")
+    """All of an adapter in PEFT's format, or of a model in Transformers', which must be fp32."""
+    (file,) = folder.glob("*model.safetensors")
+    found = load_file(file)
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
     return torch.cat([found[name].flatten() for name in sorted(found)])
 
 
 def error(one: Path, other: Path) -> float:
-    """How far an adapter lies from another, relative to the other's length."""
+    """How far weights lie from others, relative to the others' length."""
     ours, theirs = weights(one), weights(other)
     return float((ours - theirs).norm() / theirs.norm())
 

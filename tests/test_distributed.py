@@ -313,6 +313,41 @@ def test_hand_written_passes_in_two_processes_end_in_the_weights_of_one(start: S
     assert error(run.adapter, alone.adapter) < 1e-5
 
 
+ALL = ("lora=null", "train.learning_rate=1e-3", "train.max_steps=3")
+
+
+@pytest.fixture(scope="module")
+def tied_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose head is its embeddings, as in Llama-3.2-1B and SmolLM2."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("tied") / "model"
+    shutil.copytree(tiny_model, folder)
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(tiny_model, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def all_alone(start: Start, tied_model: Path) -> Run:
+    return start("all-alone", *ALL, f"model.name={tied_model}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
+def test_all_weights_trained_by_two_processes_are_those_of_one(
+    start: Start, all_alone: Run, tied_model: Path, strategy: Strategy
+) -> None:
+    """Of a model with tied embeddings; saved whole, in Transformers' format."""
+    where = (f"model.name={tied_model}", f"distributed.strategy={strategy}", "resources.cpu_processes=2")
+    run = start(f"all-{strategy}", *ALL, *where)
+    assert Plan.of(run).strategy == strategy
+    np.testing.assert_allclose(figures(run), figures(all_alone), rtol=0, atol=1e-4)
+    assert error(run.adapter, all_alone.adapter) < 1e-5
+    assert error(tied_model, all_alone.adapter) > 1e-3  # the measure can tell
+
+
 def test_a_checkpoint_that_another_number_cannot_read_is_not_gone_on_from(recipe: Path, tmp_path: Path) -> None:
     """The reason is said, with what to type, and the plan stays."""
     run = planning.prepare(str(recipe), ("distributed.strategy=zero2", "resources.cpu_processes=2"), "z", tmp_path)
