@@ -24,7 +24,7 @@ AGAIN = 1.75
 """Times that, where layers are computed again: under zero3, of 4-bit weights (h200x2.json)."""
 UNPACKING = 0.0244
 """Seconds for a layer and pass that a model's own passes through 4-bit weights do not undercut, computed again: the same under
-zero2 and fsdp (h200x2.json), so it is bitsandbytes' layers that take them."""
+zero2 and fsdp (h200x2.json), so presumably in bitsandbytes' layers."""
 WIRE_SHARE = 0.8
 """Of a wire's peak, what collectives reach: assumed."""
 
