@@ -21,7 +21,8 @@ from finllm.run import Run, State, create
 from launch import local, tether
 from launch.place import mark
 
-FINLLM = [sys.executable, "-P", "-m", "launch.cli"]
+FINLLM = ["env", "--default-signal=HUP", sys.executable, "-P", "-m", "launch.cli"]
+"""SIGHUP as it is by default, also where tests run under nohup."""
 PRELUDE = """
     import os, signal, subprocess, sys, time
     from pathlib import Path
@@ -167,7 +168,7 @@ def test_a_terminal_shows_a_bar_with_the_time_left(make: Make) -> None:
 def _on_a_terminal(run: Run, act: Callable[[int], None]) -> str:
     """What a foreground run shows on a terminal of its own; `act` gets the terminal's other end, and may close it."""
     terminal, side = pty.openpty()
-    take = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    take = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
     launched = subprocess.Popen(
         [sys.executable, "-c", take, *FINLLM, "resume", str(run.folder)], start_new_session=True,
         stdin=side, stdout=side, stderr=side, env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
