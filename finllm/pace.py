@@ -6,6 +6,7 @@ docs/scaling.md says where the figures come from, and which of them were measure
 from dataclasses import dataclass
 from typing import Literal
 
+from finllm.figures import duration, three
 from finllm.fitting import Fit, Place, setting
 from finllm.holding import Setting, gathered_bytes, lora_parameters
 from finllm.lengths import ANSWER, instruction_tokens
@@ -149,18 +150,12 @@ def traffic(shape: Shape, how: Setting, passes: int) -> float:
 
 
 def described(pace: Pace, steps: int | None) -> str:
-    """The pace in one line: `about 877 examples/s: 73 ms a step, 0.17 GB from other GPUs in 0.47 ms; bound by arithmetic`."""
-    whole = "" if steps is None else f"; {_long(steps * pace.step_seconds)} for all steps"
-    traffic_said = (
-        f", {pace.traffic_gb:.2g} GB from other GPUs in {_long(pace.traffic_seconds)}" if pace.traffic_gb else ""
+    """The pace in one line: `about 877 examples/s: 73 ms a step, 0.168 GB from other GPUs in 0.47 ms; bound by arithmetic`."""
+    whole = "" if steps is None else f"; {duration(steps * pace.step_seconds)} for all steps"
+    wires = (
+        f", {three(pace.traffic_gb)} GB from other GPUs in {duration(pace.traffic_seconds)}" if pace.traffic_gb else ""
     )
     return (
-        f"about {pace.examples_per_s:,.3g} examples/s: {_long(pace.step_seconds)} a step{traffic_said}; "
+        f"about {three(pace.examples_per_s)} examples/s: {duration(pace.step_seconds)} a step{wires}; "
         f"bound by {pace.bound}{whole}"
     )
-
-
-def _long(seconds: float) -> str:
-    if seconds < 1:
-        return f"{1000 * seconds:.2g} ms"
-    return f"{seconds:.3g} s" if seconds < 600 else f"{seconds / 60:.0f} min"

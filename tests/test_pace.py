@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finllm.holding import Setting, lora_parameters
-from finllm.pace import Work, expected, operations, traffic
+from finllm.pace import Pace, Work, described, expected, operations, traffic
 from finllm.recipe import Lora, Strategy
 from finllm.shapes import Shape
 
@@ -84,6 +84,21 @@ def test_a_slow_network_is_what_saturates() -> None:
     assert slow.step_seconds == pytest.approx(received / (100e9 / 8 * 0.8))
     assert expected(MISTRAL, how, MEASURED, gpu="NVIDIA H100", nodes=8, network_gbit=None) is None
     assert expected(MISTRAL, how, MEASURED, gpu="GeForce GTX 1080", nodes=1, network_gbit=None) is None
+
+
+def test_a_pace_is_read_without_exponents() -> None:
+    """The figures of docs/scaling.md, however many GPUs there are."""
+    pace = Pace(
+        examples_per_s=27881.6,
+        step_seconds=0.7312,
+        arithmetic_seconds=0.7312,
+        traffic_gb=282.1,
+        traffic_seconds=0.00092,
+        bound="arithmetic",
+    )
+    assert described(pace, 3) == (
+        "about 27,882 examples/s: 731 ms a step, 282 GB from other GPUs in 0.92 ms; bound by arithmetic; 2.19 s for all steps"
+    )
 
 
 @pytest.mark.usefixtures("shared_data")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from finllm.figures import three
 from finllm.files import read_model, write_json, write_text
 from finllm.plan import Plan, Rows
 from finllm.published import tables as published
@@ -14,7 +15,7 @@ from finllm.report.document import Block, Details, Heading, Lead, Picture, Table
 from finllm.report.parts import part, without_width
 from finllm.report.settings import data, repeat, settings
 from finllm.report.verdict import names_of, verdict, verdicts
-from finllm.report.words import interval, three
+from finllm.report.words import interval
 from finllm.run import Run
 from finllm.scores import Scores, System
 from finllm.yamlfile import Spec

@@ -28,11 +28,6 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def three(figure: float) -> str:
-    """About three figures: 2,505, 31.4, 0.002."""
-    return f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"
-
-
 def texts(count: int) -> str:
     """So many texts."""
     return f"{count:,} text{'' if count == 1 else 's'}"
