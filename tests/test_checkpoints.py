@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from commandline import finllm
 from finllm import checkpoints
 from finllm import train as command
 from finllm.journal import history
@@ -122,9 +122,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_from_the_checkpoint_before(
     train: Train, recipe: Path, small_disk: Path, tmp_path: Path
 ) -> None:
     """Though nothing new can be written; once there is room, the steps are those of a run that had it."""
-    command_line = [sys.executable, "-m", "launch.cli"]
-    launched = [*command_line, "launch", str(recipe), "--name", "full", "--runs", str(small_disk)]
-    answer = subprocess.run([*launched, *LIGHT], capture_output=True, text=True, check=False)
+    answer = finllm("launch", str(recipe), "--name", "full", "--runs", str(small_disk), *LIGHT)
     assert answer.returncode == 1
     run, said = Run(small_disk / "full"), f"{small_disk}/full: the disk is full"
     state = State.of(run)
@@ -135,7 +133,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_from_the_checkpoint_before(
     assert not list(run.folder.glob(".*")), "no half-written file is left"
     assert [path.name for path in run.complete_checkpoints()] == ["checkpoint-7"]
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
-    answer = subprocess.run([*command_line, "resume", str(run.folder)], capture_output=True, text=True, check=False)
+    answer = finllm("resume", str(run.folder))
     assert answer.returncode == 0, answer.stderr
     assert "going on from checkpoint-7" in answer.stdout
     same = train(recipe, tmp_path / "undisturbed")

@@ -10,21 +10,12 @@ from typing import Any
 
 import pytest
 
+from commandline import FINLLM, finllm
 from finllm.errors import RecipeError
 from finllm.plan import Plan
 from finllm.recipe import Recipe, load
 from finllm.run import Progress, State
 from launch import cli, planning, shipped
-
-FINLLM = [sys.executable, "-P", "-m", "launch.cli"]
-
-
-def finllm(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command, run to its end in a process of its own."""
-    return subprocess.run(
-        [*FINLLM, *arguments], input=stdin, env={**os.environ, **environment}, capture_output=True, text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
 
 
 @pytest.fixture

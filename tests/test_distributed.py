@@ -313,7 +313,7 @@ def test_hand_written_passes_in_two_processes_end_in_the_weights_of_one(start: S
     assert error(run.adapter, alone.adapter) < 1e-5
 
 
-ALL = ("lora=null", "train.learning_rate=1e-3", "train.max_steps=3")
+ALL = ("lora=null", "train.learning_rate=1e-3")
 
 
 @pytest.fixture(scope="module")
@@ -339,13 +339,17 @@ def all_alone(start: Start, tied_model: Path) -> Run:
 def test_all_weights_trained_by_two_processes_are_those_of_one(
     start: Start, all_alone: Run, tied_model: Path, strategy: Strategy
 ) -> None:
-    """Of a model with tied embeddings; saved whole, in Transformers' format."""
+    """Of a model with tied embeddings; saved whole, in Transformers' format; also after going on from a checkpoint."""
     where = (f"model.name={tied_model}", f"distributed.strategy={strategy}", "resources.cpu_processes=2")
     run = start(f"all-{strategy}", *ALL, *where)
     assert Plan.of(run).strategy == strategy
     np.testing.assert_allclose(figures(run), figures(all_alone), rtol=0, atol=1e-4)
     assert error(run.adapter, all_alone.adapter) < 1e-5
     assert error(tied_model, all_alone.adapter) > 1e-3  # the measure can tell
+    forget_the_end(run)
+    go(run)
+    assert error(run.adapter, all_alone.adapter) < 1e-5
+    assert len(figures(run)) == 7 + 3
 
 
 def test_a_checkpoint_that_another_number_cannot_read_is_not_gone_on_from(recipe: Path, tmp_path: Path) -> None:

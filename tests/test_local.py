@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from commandline import FINLLM, finllm
 from finllm.distributed import ACCELERATE
 from finllm.machine import Machine
 from finllm.plan import Plan, Rows, decide
@@ -21,8 +22,6 @@ from finllm.run import Run, State, create
 from launch import local, tether
 from launch.place import mark
 
-FINLLM = ["env", "--default-signal=HUP", sys.executable, "-P", "-m", "launch.cli"]
-"""SIGHUP as it is by default, also where tests run under nohup."""
 PRELUDE = """
     import os, signal, subprocess, sys, time
     from pathlib import Path
@@ -98,18 +97,6 @@ def _program(run: Run, stage: str, program: str) -> tuple[str, ...]:
     path = run.folder / f"{stage}.py"
     path.write_text(textwrap.dedent(PRELUDE) + textwrap.dedent(program))
     return (sys.executable, str(path), str(run.folder))
-
-
-def finllm(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command, run to its end."""
-    return subprocess.run(
-        [*FINLLM, *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
 
 
 def begin(run: Run, **environment: str) -> subprocess.Popen[str]:

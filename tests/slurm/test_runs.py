@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 from submitit.core.utils import DelayedSubmission
 
+from commandline import FINLLM
 from finllm.run import Run
 from finllm.sweeps import Sweep
 from launch import tether
@@ -49,7 +49,6 @@ from slurm.stage import Playing, Scene, Stage, until
 
 pytestmark = pytest.mark.slow
 Train = Callable[..., Run]
-FINLLM = (sys.executable, "-m", "launch.cli")
 
 
 @dataclass(frozen=True)
