@@ -120,7 +120,7 @@ class Terminal:
     def progress(self, progress: Progress | None) -> None:
         """Draw the bar anew."""
         if progress is not None:
-            rest = " · ".join([*_count(progress), *_rest(progress)])
+            rest = " · ".join(filter(None, [_count(progress), *_rest(progress)]))
             self._bars.update(
                 self._task, description=progress.stage, completed=progress.done, total=progress.total or None, rest=rest
             )
@@ -176,14 +176,16 @@ def forget_output() -> None:
 
 def described(progress: Progress) -> str:
     """Progress in one line: `training 40/120 step · loss 1.234 · 2:10 left`."""
-    return " · ".join([" ".join([progress.stage, *_count(progress)]), *_rest(progress)])
+    return " · ".join([f"{progress.stage} {_count(progress)}".rstrip(), *_rest(progress)])
 
 
-def _count(progress: Progress) -> list[str]:
-    """Nothing where there is nothing to count."""
-    if not progress.total and not progress.done:
-        return []
-    return [f"{progress.done}/{progress.total or '?'} {progress.unit}"]
+def _count(progress: Progress) -> str:
+    return count(progress.done, progress.total, progress.unit)
+
+
+def count(done: int | None, total: int | None, unit: str) -> str:
+    """What has been done of what there is, `40/120 step`; nothing where there is nothing to count."""
+    return f"{done or 0}/{total or '?'} {unit}" if done or total else ""
 
 
 def _rest(progress: Progress) -> list[str]:

@@ -21,7 +21,7 @@ from finllm.run import Progress, Run, State
 from finllm.strategies import Considered
 from launch import BACKENDS, shipped
 from launch.place import Seen
-from launch.show import called, clock
+from launch.show import called, clock, count
 
 WIDEST = 10_000
 """Columns of a table that goes to a file or a pipe."""
@@ -211,7 +211,7 @@ def runs(standings: Sequence[Standing]) -> Table:
             run.name,
             f"{run.status} ({run.waits_for})" if run.waits_for else run.status,
             run.doing or run.stage,
-            "" if run.done is None else f"{run.done}/{run.total or '?'} {run.unit}",
+            count(run.done, run.total, run.unit),
             "" if run.loss is None else f"{run.loss:.4g}",
             "" if run.attempt is None else str(run.attempt),
             "" if run.elapsed_seconds is None else clock(run.elapsed_seconds),

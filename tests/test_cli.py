@@ -268,6 +268,9 @@ def test_status_shows_every_run_the_oldest_first(small: Path, tmp_path: Path) ->
     assert remarks == [f"second is stopped; `finllm resume {stopped.folder}` goes on"]
     (standing,) = json.loads(finllm("status", "first", "--json", "--runs", str(runs)).stdout)
     assert (standing["status"], standing["seconds_left"], standing["elapsed_seconds"]) == ("unknown", 20.0, None)
+    Progress("writing the report").save(stopped)  # which counts nothing
+    one = finllm("status", "second", "--runs", str(runs)).stdout.splitlines()[1]
+    assert one.split() == ["second", "stopped", "train", "2", "1:02:03", "local,", "here"]
 
 
 def test_a_run_can_be_named_by_its_folder_and_runs_by_the_environment(small: Path, tmp_path: Path) -> None:
