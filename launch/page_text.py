@@ -50,6 +50,7 @@ def show(model: Served) -> None:
     if st.session_state.get("empty"):
         st.warning("There is no text to classify; write or paste some.")
     entries = _history()
+    pending = [entry for entry in entries if entry.pending]  # an answer may come while all this is drawn
     if entries:
         _show_answer(model, entries[0])
     with st.expander("Examples with mixed signals", expanded=not entries):
@@ -57,7 +58,8 @@ def show(model: Served) -> None:
             # Streamlit reads two dollar signs on a line as a formula.
             st.button(example.replace("$", "\\$"), on_click=_ask_example, args=(model, example), width="stretch")
     _show_past(entries[1:])
-    _watch()
+    if pending:
+        _look_again(pending)
 
 
 def _ask_example(model: Served, example: str) -> None:
@@ -121,14 +123,8 @@ def _show_past(entries: list[Entry]) -> None:
         st.button("Clear", on_click=lambda: st.session_state.update(history=_history()[:1]))
 
 
-def _watch() -> None:
-    """Look again soon while an answer of this session is to come."""
-    pending = [entry for entry in _history() if entry.pending]
-    if pending:
-        _look_again(pending)
-
-
 @st.fragment(run_every=POLL_SECONDS)
 def _look_again(pending: list[Entry]) -> None:
+    """Draw the page again once an answer has come that was not there when it was drawn."""
     if not all(entry.pending for entry in pending):
         st.rerun()

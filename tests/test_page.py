@@ -10,13 +10,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from finllm import SentimentPredictor
 from finllm.run import Run
+from launch import page_text
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -88,8 +91,13 @@ def classify(page: "Page", text: str) -> None:
 
 
 def cards(page: "Page") -> list[list[str]]:
-    """The lines of each card, once both have come."""
-    page.locator(".fl-card").nth(1).wait_for()
+    """The lines of each card, once both have come; what the page says instead, where they do not."""
+    from playwright.sync_api import TimeoutError as TooLate
+
+    try:
+        page.locator(".fl-card").nth(1).wait_for()
+    except TooLate:
+        pytest.fail(f"no cards on the page, which says: {page.locator('body').inner_text()}")
     return [card.inner_text().splitlines() for card in page.locator(".fl-card").all()]
 
 
@@ -191,3 +199,37 @@ def test_without_a_run_the_page_offers_what_there_is(
     page.get_by_label("Text", exact=True).wait_for()
     assert page.get_by_text("Zero-shot").count() == 0
     page.close()
+
+
+class Soon(Future[list[Any]]):
+    """An answer that has come when it has been asked for so often."""
+
+    def __init__(self, asked: int) -> None:
+        super().__init__()
+        self.left = asked
+
+    def done(self) -> bool:
+        """Whether it has come; asking brings it nearer."""
+        if not super().done():
+            self.left -= 1
+            if self.left < 0:
+                share = {"negative": 0.1, "neutral": 0.2, "positive": 0.7}
+                self.set_result([{"sentiment": "positive", "confidence": 0.7, "probabilities": share}])
+                return False
+        return super().done()
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_an_answer_that_comes_while_the_page_is_drawn_is_shown(asked: int) -> None:
+    """Or else it would say that the model is reading, and never look again."""
+    from streamlit.testing.v1 import AppTest
+
+    script = "import streamlit as st; from launch import page_text; page_text.show(st.session_state.model)"
+    app = AppTest.from_string(script)
+    reader = SimpleNamespace(name="tiny", has_base=False, base_explains=False)
+    app.session_state.model = SimpleNamespace(reader=reader, tested=SimpleNamespace(of_like=lambda _: ""))
+    app.session_state.history = [page_text.Entry(TEXT, SimpleNamespace(future=Soon(asked)))]
+    app.run()
+    assert not app.exception
+    assert [caption.value for caption in app.caption] == []
+    assert any("fl-card" in str(element.proto) for element in app.get("html"))
